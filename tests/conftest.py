@@ -1,0 +1,38 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch is imported: spinning OpenMP threads slow everything down as soon as another process is busy.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from utils import tiny
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a randomly initialised tiny Qwen2 checkpoint (float32) and its tokenizer. Treat it as read-only."""
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    tiny.build_model(seed=0).save_pretrained(folder)
+    tiny.build_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """The folder `shared/` beside the repository, which holds MATH and GSM8K; skips where there is none."""
+    folder = Path(__file__).parents[2] / "shared"
+    if not (folder / "data").is_dir():
+        pytest.skip("no shared/data beside the repository")
+    return folder

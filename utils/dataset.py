@@ -1,0 +1,237 @@
+"""Data files and prompt templates become problems and prompts; streams and subsets of them are drawn by seed.
+
+`load_problems`, `save_problems`, `load_template`, `build_prompts`, `fixed_subset`, `ProblemStream`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from utils.records import Problem, Prompt
+from utils.seeding import derive_seed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+Item = TypeVar("Item")
+
+QUESTION = "{question}"
+GSM8K_MARK = "####"
+THOUSANDS = re.compile(r"-?\d{1,3}(,\d{3})+(\.\d+)?")
+# Of MATH's 7,500 training problems two have no boxed answer, so a few are left out; more is a mistake in the file.
+MAX_SHARE_WITHOUT_ANSWER = 0.01
+
+
+def load_problems(path: str | Path) -> list[Problem]:
+    """Read a JSONL file of problems: `problem` or `question`, `answer`, and where known `level` and `subject`.
+
+    An answer is a string, a number, or a list of either, any of which is right. GSM8K's worked answers are cut to what
+    follows `####`, without thousands commas. Blank lines are no rows. Rows whose answer is empty can't be scored: up
+    to one in a hundred they are left out with a logged warning. Raises ValueError with file and line for every
+    other bad row, and for a file without a problem.
+    """
+    problems, without_answer = [], []
+    for line_number, row in read_rows(path):
+        try:
+            problem = _parse_problem(row)
+        except ValueError as error:
+            raise ValueError(f"{path}:{line_number}: {error}") from error
+        if problem is None:
+            without_answer.append(line_number)
+        else:
+            problems.append(problem)
+    if not problems and not without_answer:
+        raise ValueError(f"{path}: the file is empty; expected one JSON object a line with `problem` and `answer`")
+    if len(without_answer) > MAX_SHARE_WITHOUT_ANSWER * (len(problems) + len(without_answer)):
+        others = f", and so are {len(without_answer) - 1} more" if without_answer[1:] else ""
+        raise ValueError(f"{path}:{without_answer[0]}: `answer` is empty{others}; give it an answer or delete the row")
+    if without_answer:
+        lines = ", ".join(map(str, without_answer))
+        logger.warning("%s: left out %d rows with an empty answer (lines %s)", path, len(without_answer), lines)
+    return problems
+
+
+def read_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows of a JSONL file with their line numbers; numbers stay strings, spelled as in the file.
+
+    Raises ValueError where there is no such file, and with file and line where a line is not a JSON object.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such file; expected JSONL, one JSON object a line")
+    with Path(path).open("rb") as file:
+        for line_number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8-sig"), parse_int=str, parse_float=str)
+            except (UnicodeDecodeError, json.JSONDecodeError) as error:
+                raise ValueError(f"{path}:{line_number}: not JSON: {error}") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}:{line_number}: expected a JSON object, not {type(row).__name__}")
+            yield line_number, row
+
+
+def _parse_problem(row: dict[str, Any]) -> Problem | None:
+    """One row as a Problem, or None where all that it lacks is an answer in an `answer` field that is there."""
+    key = "problem" if "problem" in row else "question"
+    for needed in (key, "answer"):
+        if needed not in row:
+            name = "`problem` (or `question`)" if needed == "question" else f"`{needed}`"
+            raise ValueError(f"no {name} among the keys {sorted(row)}")
+    question = _text(key, row[key])
+    if not question.strip():
+        raise ValueError(f"`{key}` is empty")
+    listed = isinstance(row["answer"], list)
+    answers = [_answer(_text("answer", answer)) for answer in (row["answer"] if listed else [row["answer"]])]
+    if not any(answers):
+        return None
+    if not all(answers):
+        raise ValueError("one of the answers in the list `answer` is empty")
+    extras = {key: _text(key, row[key]) for key in ("level", "subject") if row.get(key) is not None}
+    return Problem(question, tuple(answers) if listed else answers[0], **extras)
+
+
+def _text(key: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"`{key}` should be text, not {json.dumps(value)[:80]}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, which no tokenizer takes
+        raise ValueError(f"`{key}` is not valid Unicode: {error}") from error
+    return value
+
+
+def _answer(text: str) -> str:
+    """The ground truth in an answer field: what follows GSM8K's mark, where it has one."""
+    if GSM8K_MARK not in text:
+        return text.strip()
+    final = text.rpartition(GSM8K_MARK)[2].strip()
+    return final.replace(",", "") if THOUSANDS.fullmatch(final) else final
+
+
+def save_problems(path: str | Path, problems: Iterable[Problem]) -> None:
+    """Write problems as the JSONL that `load_problems` reads."""
+    with Path(path).open("w", encoding="utf-8") as file:
+        for problem in problems:
+            row = {"problem": problem.question} | {k: v for k, v in asdict(problem).items() if k != "question"}
+            file.write(json.dumps({k: v for k, v in row.items() if v is not None}, ensure_ascii=False) + "\n")
+
+
+def load_template(path: str | Path) -> str:
+    """Read a prompt template: the whole file but one newline at its end, which editors add.
+
+    Raises ValueError where there is no such file or it doesn't hold `{question}` exactly once. All other braces are
+    plain text.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such prompt template")
+    template = Path(path).read_text(encoding="utf-8").removesuffix("\n")
+    if (count := template.count(QUESTION)) != 1:
+        raise ValueError(f"{path}: the template must hold {QUESTION} once, it holds it {count} times")
+    return template
+
+
+def build_prompts(
+    problems: Sequence[Problem],
+    template: str,
+    tokenizer: PreTrainedTokenizerBase,
+    max_prompt_tokens: int,
+    use_chat_template: bool = False,
+    system_prompt: str = "",
+) -> tuple[list[Prompt], int]:
+    """Put every problem into the template and tokenize it, once and for all; returns the prompts and how many too long
+    ones (above `max_prompt_tokens`) were left out.
+
+    The tokenizer adds its beginning token if it is one that does. With `use_chat_template` the filled template is the
+    user's message, after `system_prompt` where there is one, and the chat template alone decides about special tokens.
+    Raises ValueError where the tokenizer has no chat template or ends every text with its end token, and where no
+    prompt is left.
+    """
+    texts = [template.replace(QUESTION, problem.question) for problem in problems]
+    if use_chat_template:
+        texts = [_in_chat_template(text, tokenizer, system_prompt) for text in texts]
+    elif tokenizer("1").input_ids[-1] == tokenizer.eos_token_id:
+        raise ValueError("the tokenizer ends every text, so every prompt, with its end token; turn add_eos_token off")
+    # verbose: the tokenizer's own warning about long texts would come before ours, and once only.
+    token_ids = tokenizer(texts, add_special_tokens=not use_chat_template, verbose=False).input_ids
+    prompts = [
+        Prompt(problem, text, tuple(ids))
+        for problem, text, ids in zip(problems, texts, token_ids, strict=True)
+        if len(ids) <= max_prompt_tokens
+    ]
+    if not prompts:
+        shortest = min(map(len, token_ids), default=0)
+        raise ValueError(
+            f"none of the {len(problems)} prompts fits: the shortest has {shortest} tokens, "
+            f"max_prompt_tokens is {max_prompt_tokens}; raise it or use a shorter prompt template"
+        )
+    return prompts, len(problems) - len(prompts)
+
+
+def _in_chat_template(text: str, tokenizer: PreTrainedTokenizerBase, system_prompt: str) -> str:
+    if not tokenizer.chat_template:
+        raise ValueError("use_chat_template is on, but this model's tokenizer has no chat template; turn it off")
+    messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    messages.append({"role": "user", "content": text})
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def fixed_subset(items: Sequence[Item], n: int | None, seed: int) -> list[Item]:
+    """n items drawn by seed, in their own order; all of them where n is None or more than there are.
+
+    A smaller n draws a part of what a larger n draws.
+    """
+    order = list(range(len(items)))
+    random.Random(derive_seed(seed, "validation_subset")).shuffle(order)
+    return [items[i] for i in sorted(order[:n])]
+
+
+class ProblemStream(Generic[Item]):
+    """Endless shuffled epochs over the training items: each comes once an epoch, in an order of that epoch's own.
+
+    The order hangs on the seed, the epoch and the number of items alone, so the state is two numbers.
+    """
+
+    def __init__(self, items: Sequence[Item], seed: int) -> None:
+        if not items:
+            raise ValueError("there is nothing to draw from: the training set is empty")
+        self._items = items
+        self._seed = seed
+        self._start_epoch(0)
+
+    def _start_epoch(self, epoch: int, position: int = 0) -> None:
+        self._epoch, self._position = epoch, position
+        self._order = list(range(len(self._items)))
+        random.Random(derive_seed(self._seed, "problems", epoch)).shuffle(self._order)
+
+    def draw(self, n: int) -> list[Item]:
+        """The next n items. A draw may run over the end of an epoch, of several if n is larger than the set."""
+        drawn: list[Item] = []
+        while len(drawn) < n:
+            if self._position == len(self._items):
+                self._start_epoch(self._epoch + 1)
+            taken = self._order[self._position : self._position + n - len(drawn)]
+            self._position += len(taken)
+            drawn.extend(self._items[i] for i in taken)
+        return drawn
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the stream stands: the epoch, and how many of its items are drawn. Ready for JSON."""
+        return {"epoch": self._epoch, "position": self._position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go to where a stream over the same items with the same seed stood.
+
+        Raises ValueError where the position lies beyond the set, as when the data has changed.
+        """
+        if not 0 <= state["position"] <= len(self._items) or state["epoch"] < 0:
+            raise ValueError(f"state {state} does not fit a set of {len(self._items)} items; has the data changed?")
+        self._start_epoch(state["epoch"], state["position"])

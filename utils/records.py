@@ -1,0 +1,112 @@
+"""The nouns that travel between the parts. Standard library only, so that anything may import it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One row of a data file. `answer` is the ground truth; a tuple means that any of its members is right."""
+
+    question: str
+    answer: str | tuple[str, ...]
+    level: str | None = None
+    subject: str | None = None
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A problem put into the prompt template, as text and as the token ids that the policy sees."""
+
+    problem: Problem
+    text: str
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One response to one prompt, exactly as it was sampled.
+
+    `response_ids` holds the end id where one was sampled; `sampler_log_probs` (same length, nats) are those of the
+    distribution that was sampled from, temperature and top-p applied. `finish_reason` is "stop" (end id or stop string)
+    or "length" (ran into max_tokens).
+    """
+
+    prompt: Prompt
+    response: str
+    response_ids: tuple[int, ...]
+    sampler_log_probs: tuple[float, ...]
+    finish_reason: str
+
+    @property
+    def truncated(self) -> bool:
+        return self.finish_reason == "length"
+
+
+@dataclass(frozen=True)
+class Reward:
+    """What a reward function says of one response. `total` is what the policy is trained on."""
+
+    format: float
+    answer: float
+    total: float
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How responses are sampled; `temperature` 0 is greedy."""
+
+    temperature: float
+    top_p: float
+    min_tokens: int
+    max_tokens: int
+    stop: tuple[str, ...]
+    include_stop_str_in_output: bool
+
+
+@dataclass(frozen=True)
+class TrainBatch:
+    """B rollouts as tensors, padded on the right to T tokens (prompt and response together).
+
+    `response_mask` is aligned with the labels, `input_ids[:, 1:]`: entry t is 1 where label t is a response token. It
+    comes from the lengths, since the pad id may be the end id.
+    """
+
+    input_ids: torch.Tensor  # (B, T) int64
+    response_mask: torch.Tensor  # (B, T-1) bool
+    sequence_lengths: torch.Tensor  # (B,) int64: prompt and response
+    response_lengths: torch.Tensor  # (B,) int64
+    sampler_log_probs: torch.Tensor  # (B, T-1) float32, 0 outside the response
+    rewards: torch.Tensor  # (B,) float32, raw
+    advantages: torch.Tensor  # (B,) float32
+
+
+class RolloutEngine(Protocol):
+    """What samples responses. Every engine samples as `sampling` says, whose values come from the config."""
+
+    name: str
+    sampling: Sampling
+
+    def generate(
+        self, prompts: Sequence[Prompt], n: int, seed: int, temperature: float | None = None, label: str = "rollouts"
+    ) -> list[Rollout]:
+        """Sample n responses a prompt: len(prompts) * n rollouts, those of one prompt side by side.
+
+        Response j of prompt i is sampled with the seed `seed + i * n + j`, so equal arguments and weights give equal
+        rollouts. `temperature` stands in for `sampling.temperature` (0: greedy); `label` names the progress bar.
+        """
+
+    def update_weights(self, policy: torch.nn.Module) -> dict[str, float]:
+        """Make the engine sample from the policy's current weights; wakes it if it sleeps. Returns metrics, if any."""
+
+    def sleep(self) -> dict[str, float]:
+        """Give accelerator memory back until the next `update_weights`, where possible. Returns metrics, if any."""
+
+    def close(self) -> None:
+        """Free everything. Called again, it does nothing."""
