@@ -41,7 +41,7 @@ def load_problems(path: str | Path) -> list[Problem]:
     problems, without_answer = [], []
     for line_number, row in read_rows(path):
         try:
-            problem = _parse_problem(row)
+            problem = problem_from_row(row)
         except ValueError as error:
             raise ValueError(f"{path}:{line_number}: {error}") from error
         if problem is None:
@@ -79,7 +79,7 @@ def read_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
             yield line_number, row
 
 
-def _parse_problem(row: dict[str, Any]) -> Problem | None:
+def problem_from_row(row: dict[str, Any]) -> Problem | None:
     """One row as a Problem, or None where all that it lacks is an answer in an `answer` field that is there."""
     key = "problem" if "problem" in row else "question"
     for needed in (key, "answer"):

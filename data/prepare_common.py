@@ -1,0 +1,74 @@
+"""What the data preparation scripts share: rows in, `train.jsonl` and `validation.jsonl` out."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from utils.dataset import problem_from_row, save_problems
+from utils.records import Problem
+
+Rows = Iterable[tuple[str, dict[str, Any]]]  # where a row comes from, and the row
+SPLITS = {"train": "train.jsonl", "test": "validation.jsonl"}  # the published split: the file written
+
+
+def hub_rows(hub_name: str, config: str, split: str) -> Rows:
+    """The rows of a data set on the Hugging Face hub. Raises ValueError where they can't be fetched."""
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise ValueError("fetching from the hub needs the package datasets: pip install datasets") from error
+    try:
+        rows = load_dataset(hub_name, config, split=split)
+    except OSError as error:  # no network, no such data set
+        message = str(error).splitlines()[0]
+        raise ValueError(f"cannot fetch {hub_name} ({config}) from the hub: {message}; see --raw for files") from error
+    return [(f"{hub_name}/{config}/{split}, row {i}", row) for i, row in enumerate(rows)]
+
+
+def write_split(output: Path, split: str, rows: Rows, published: int) -> None:
+    """Write one split's problems and say how many; those without an answer are left out and named.
+
+    Raises ValueError for a bad row, with where it comes from, and for a file that is already there.
+    """
+    problems: list[Problem] = []
+    without_answer = []
+    for origin, row in rows:
+        try:
+            problem = problem_from_row(row)
+        except ValueError as error:
+            raise ValueError(f"{origin}: {error}") from error
+        if problem is None:
+            without_answer.append(origin)
+        else:
+            problems.append(problem)
+    if not problems:
+        raise ValueError(f"no {split} problem with an answer was found")
+    path = output / SPLITS[split]
+    if path.exists():
+        raise ValueError(f"{path} is already there; delete it or choose another --output")
+    output.mkdir(parents=True, exist_ok=True)
+    save_problems(path, problems)
+    print(f"wrote {path}: {len(problems)} problems (published: {published})")
+    for origin in without_answer:
+        print(f"  left out, as it has no answer: {origin}")
+
+
+def run_command(description: str, output: str, hub_name: str, prepare: Callable[[argparse.Namespace], None]) -> int:
+    """Parse the options that both scripts have and prepare; a mistake is one line and exit status 2."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path(output), help=f"folder to write ({output})")
+    parser.add_argument("--raw", type=Path, metavar="FOLDER", help="read local files in place of the hub")
+    parser.add_argument("--hub-name", default=hub_name, help=f"data set on the Hugging Face hub ({hub_name})")
+    options = parser.parse_args()
+    try:
+        if options.raw is not None and not options.raw.is_dir():
+            raise ValueError(f"--raw {options.raw} is not a folder")
+        prepare(options)
+    except ValueError as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        return 2
+    return 0

@@ -1,0 +1,33 @@
+"""Make data/gsm8k/train.jsonl and validation.jsonl from GSM8K (Cobbe et al. 2021, arXiv:2110.14168).
+
+The published split: 7,473 training problems, and the 1,319 test problems as validation. The answer is the number after
+`####`, without thousands commas.
+
+    python data/prepare_gsm8k.py                    from the Hugging Face hub (needs the package datasets)
+    python data/prepare_gsm8k.py --raw FOLDER       from FOLDER/train.jsonl and FOLDER/test.jsonl, as published
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from prepare_common import hub_rows, run_command, write_split
+
+from utils.dataset import read_rows
+
+PUBLISHED = {"train": 7473, "test": 1319}
+
+
+def prepare(options: argparse.Namespace) -> None:
+    for split, published in PUBLISHED.items():
+        if options.raw is not None:
+            file = options.raw / f"{split}.jsonl"
+            rows = [(f"{file}:{line_number}", row) for line_number, row in read_rows(file)]
+        else:
+            rows = hub_rows(options.hub_name, "main", split)
+        write_split(options.output, split, rows, published)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(__doc__, "data/gsm8k", "openai/gsm8k", prepare))

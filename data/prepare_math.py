@@ -1,0 +1,75 @@
+"""Make data/math/train.jsonl and validation.jsonl from MATH (Hendrycks et al. 2021, arXiv:2103.03874).
+
+The published split: 7,500 training problems, and the 5,000 test problems as validation. The answer is what the
+solution's last \\boxed{} holds.
+
+    python data/prepare_math.py                     from the Hugging Face hub (needs the package datasets)
+    python data/prepare_math.py --raw FOLDER        from FOLDER/{train,test}/<subject>/<number>.json, as published,
+                                                    or FOLDER/{train,test}.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from prepare_common import Rows, hub_rows, run_command, write_split
+
+from utils.dataset import read_rows
+from utils.grader import last_box
+
+PUBLISHED = {"train": 7500, "test": 5000}
+SUBJECTS = (
+    "algebra",
+    "counting_and_probability",
+    "geometry",
+    "intermediate_algebra",
+    "number_theory",
+    "prealgebra",
+    "precalculus",
+)
+
+
+def prepare(options: argparse.Namespace) -> None:
+    for split, published in PUBLISHED.items():
+        if options.raw is not None:
+            rows = raw_rows(options.raw, split)
+        else:
+            rows = [row for subject in SUBJECTS for row in hub_rows(options.hub_name, subject, split)]
+        write_split(options.output, split, [(origin, with_answer(row)) for origin, row in rows], published)
+
+
+def raw_rows(folder: Path, split: str) -> Rows:
+    """The rows of a split's JSONL file, or of its folder of one JSON file a problem, by subject and number."""
+    jsonl = folder / f"{split}.jsonl"
+    if jsonl.is_file():
+        return [(f"{jsonl}:{line_number}", row) for line_number, row in read_rows(jsonl)]
+    files = sorted((folder / split).glob("*/*.json"), key=lambda file: (file.parent.name, len(file.stem), file.stem))
+    if not files:
+        raise ValueError(f"{folder} holds neither {split}.jsonl nor {split}/<subject>/<number>.json")
+    return [(str(file), read_json(file)) for file in files]
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    try:
+        row = json.loads(file.read_bytes())
+    except ValueError as error:  # not UTF-8, or not JSON
+        raise ValueError(f"{file}: not JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{file}: expected a JSON object, not {type(row).__name__}")
+    return row
+
+
+def with_answer(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of MATH under our names: `type` is `subject`, and the answer comes from the solution if not given."""
+    renamed = {"subject": row.get("type"), **row}
+    if "answer" not in row and isinstance(row.get("solution"), str):
+        renamed["answer"] = last_box(row["solution"]) or ""
+    return renamed
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(__doc__, "data/math", "EleutherAI/hendrycks_math", prepare))

@@ -1,0 +1,137 @@
+"""Make the tiny world of the quickstart: a model of 0.4 M parameters that can add, but not reliably.
+
+    python play-scripts/make_tiny.py
+
+writes data/tiny/: train.jsonl and validation.jsonl, sums of two numbers up to 49, where no pair of numbers is on both
+sides; demonstrations.jsonl, responses to the training problems, many of them wrong or malformed on purpose; and model/,
+a checkpoint that SFT warmed up on these demonstrations, from random weights. Validation problems are in none of them.
+It takes about a minute on one core. The same options give the same files on the same machine; where they are already
+there nothing is done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+
+from train_sft import load_demonstrations, save_checkpoint, train, with_progress
+
+from configs.defaults import Training
+from utils import tiny
+from utils.dataset import load_template, save_problems
+
+OPTIONS_FILE = "options.json"
+TEMPLATE = Path(__file__).parents[1] / "data" / "tiny.prompt"
+
+
+def make(options: argparse.Namespace) -> None:
+    """Build the folder under another name, then rename it: a folder of that name is always whole."""
+    output = Path(options.output)
+    if is_there(output, recipe(options), options.force):
+        print(f"{output} is already there; --force makes it again")
+        return
+    unfinished = output.with_name(output.name + ".tmp")
+    if unfinished.exists():
+        shutil.rmtree(unfinished)
+    unfinished.mkdir(parents=True)
+
+    training_problems, validation_problems = tiny.make_problems(options.validation_pairs, options.seed)
+    save_problems(unfinished / "train.jsonl", training_problems)
+    save_problems(unfinished / "validation.jsonl", validation_problems)
+    demonstrations = tiny.make_demonstrations(
+        training_problems,
+        load_template(TEMPLATE),
+        options.demonstrations_each,
+        options.share_wrong,
+        options.share_malformed,
+        options.seed,
+    )
+    rows = "".join(json.dumps(row) + "\n" for row in demonstrations)
+    (unfinished / "demonstrations.jsonl").write_text(rows)
+    warm_start(unfinished, options)
+    (unfinished / OPTIONS_FILE).write_text(json.dumps(recipe(options), indent=2) + "\n")
+
+    if output.exists():
+        shutil.rmtree(output)
+    unfinished.rename(output)
+    print(
+        f"wrote {output}: {len(training_problems)} training and {len(validation_problems)} validation problems, model/"
+    )
+
+
+def recipe(options: argparse.Namespace) -> dict:
+    """The options that what is made depends on."""
+    return {name: value for name, value in vars(options).items() if name not in ("output", "force")}
+
+
+def is_there(output: Path, wanted: dict, force: bool) -> bool:
+    """Whether there is nothing to do. Raises ValueError for a folder that must not be replaced."""
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return False
+    if not (output / OPTIONS_FILE).is_file():
+        raise ValueError(f"{output} holds something that this script did not make; choose another --output")
+    if force:
+        return False
+    made_with = json.loads((output / OPTIONS_FILE).read_text())
+    if made_with != wanted:
+        different = sorted(name for name in wanted if wanted[name] != made_with.get(name))
+        raise ValueError(f"{output} was made with other options ({', '.join(different)}); --force makes it again")
+    return True
+
+
+def warm_start(folder: Path, options: argparse.Namespace) -> None:
+    """Train a random model on the folder's demonstrations and save it to model/, on the way also to sft_step_N/."""
+    import torch
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    torch.set_num_threads(1)  # the model is too small to share, and idle threads that spin slow it down
+    tokenizer, policy = tiny.build_tokenizer(), tiny.build_model(options.seed)
+    demonstrations, _ = load_demonstrations(folder / "demonstrations.jsonl", tokenizer, max_tokens=64)
+    training = Training(
+        seed=options.seed,
+        device="cpu",
+        dtype="float32",
+        learning_rate=3e-3,
+        train_batch_size=64,
+        gradient_accumulation_steps=1,
+        use_bnb_adamw8bit=False,
+    )
+    steps = train(policy.train(), demonstrations, training, options.steps, schedule="linear", warmup_steps=20)
+    for row in with_progress(steps, options.steps, print_every=50):
+        if row["step"] in options.save_at:
+            save_checkpoint(folder / f"sft_step_{row['step']}", policy, tokenizer)
+    save_checkpoint(folder / "model", policy, tokenizer)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--output", default="data/tiny", help="folder to write (data/tiny)")
+    add("--seed", type=int, default=1337, help="seed of problems, demonstrations, weights and training order (1337)")
+    add("--steps", type=int, default=350, help="SFT steps of 64 demonstrations; more make a more able model (350)")
+    add(
+        "--save-at", type=int, nargs="+", default=[], metavar="STEP", help="also save sft_step_N/ after these SFT steps"
+    )
+    add("--share-wrong", type=float, default=0.4, help="share of demonstrations with a wrong answer (0.4)")
+    add("--share-malformed", type=float, default=0.2, help="share of demonstrations with a broken format (0.2)")
+    add("--demonstrations-each", type=int, default=8, help="demonstrations a training problem (8)")
+    add("--validation-pairs", type=int, default=150, help="pairs of numbers held out, in either order (150)")
+    add("--force", action="store_true", help="replace what an earlier call made")
+    return parser
+
+
+def main() -> int:
+    try:
+        make(build_parser().parse_args())
+    except ValueError as error:
+        print(f"make_tiny.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,263 @@
+"""Supervised fine-tuning (SFT): teach a causal language model to give the responses of a JSONL file.
+
+Each row holds two texts, `prompt` (complete, as the model will see it) and `response`; the end token is added to every
+response. The loss is the negative log-likelihood of the response tokens, averaged over all of a batch's; prompts are
+read, not learnt.
+
+    python play-scripts/train_sft.py --model data/tiny/model --data data/tiny/demonstrations.jsonl \\
+        --output runs/sft --steps 200 --batch-size 128 --learning-rate 1e-3 --save-at 50 100
+
+writes runs/sft/step_50, runs/sft/step_100 and runs/sft/final, each an ordinary checkpoint with its tokenizer that
+GRPO can start from (`paths.model_path=runs/sft/step_50`), beside options.json and metrics.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from configs.defaults import Training
+from utils.dataset import ProblemStream, read_rows
+from utils.run_files import METRICS_FILE, Row, encode_row
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}  # our names: transformers'
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """One row as token ids; `response_ids` ends with the end token."""
+
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.response_ids)
+
+
+def load_demonstrations(
+    path: str | Path, tokenizer: PreTrainedTokenizerBase, max_tokens: int
+) -> tuple[list[Demonstration], int]:
+    """Read and tokenize a JSONL file; returns the demonstrations and how many longer than max_tokens were left out.
+
+    Raises ValueError with file and line for a row without the two texts, and where no demonstration is left.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no end token, so a response could not be taught to end")
+    demonstrations, n_rows = [], 0
+    for line_number, row in read_rows(path):
+        n_rows += 1
+        for key in ("prompt", "response"):
+            if not isinstance(row.get(key), str) or not row[key]:
+                raise ValueError(f"{path}:{line_number}: `{key}` should be a text, not {json.dumps(row.get(key))[:80]}")
+        prompt_ids = tokenizer(row["prompt"], verbose=False).input_ids
+        response_ids = tokenizer(row["response"], add_special_tokens=False, verbose=False).input_ids
+        demonstration = Demonstration(tuple(prompt_ids), (*response_ids, tokenizer.eos_token_id))
+        if len(demonstration) <= max_tokens:
+            demonstrations.append(demonstration)
+    if not demonstrations:
+        raise ValueError(f"{path}: none of its {n_rows} rows has {max_tokens} tokens or fewer")
+    return demonstrations, n_rows - len(demonstrations)
+
+
+def train_step(
+    policy: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    demonstrations: Sequence[Demonstration],
+    training: Training,
+) -> tuple[float, float]:
+    """One optimizer step; returns the loss (nats per response token) and the gradient norm before clipping.
+
+    The response tokens are counted once for the whole batch, so how it is cut into microbatches changes nothing.
+    """
+    import torch
+
+    from utils.batching import pad, response_mask
+    from utils.grpo import sft_microbatch_train_step
+    from utils.log_probs import response_log_probs
+
+    n_tokens = sum(len(demonstration.response_ids) for demonstration in demonstrations)
+    longest_first = sorted(demonstrations, key=len, reverse=True)  # neighbours in length need little padding
+    size = len(demonstrations) // training.gradient_accumulation_steps
+    total_loss = 0.0
+    for start in range(0, len(demonstrations), size):
+        microbatch = longest_first[start : start + size]
+        # any pad id will do: masks come from lengths, and no real token sees what stands to its right
+        input_ids = pad([d.prompt_ids + d.response_ids for d in microbatch], pad_id=0)
+        prompt_lengths = torch.tensor([len(d.prompt_ids) for d in microbatch])
+        response_lengths = torch.tensor([len(d.response_ids) for d in microbatch])
+        mask = response_mask(prompt_lengths, response_lengths, input_ids.shape[1]).to(policy.device)
+        log_probs, _ = response_log_probs(policy, input_ids.to(policy.device), mask)
+        loss, _ = sft_microbatch_train_step(
+            log_probs,
+            mask,
+            training.gradient_accumulation_steps,
+            normalize_constant=n_tokens / len(demonstrations),
+        )
+        total_loss += loss.item()
+    grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), training.max_grad_norm).item()
+    if not math.isfinite(total_loss + grad_norm):
+        raise ValueError(f"the loss is {total_loss}, its gradient norm {grad_norm}; lower the learning rate")
+    optimizer.step()
+    optimizer.zero_grad()
+    return total_loss, grad_norm
+
+
+def train(
+    policy: PreTrainedModel,
+    demonstrations: Sequence[Demonstration],
+    training: Training,
+    n_steps: int,
+    schedule: str = "constant",
+    warmup_steps: int = 0,
+) -> Iterator[Row]:
+    """Train the policy in place, in shuffled epochs; yields each step's metrics once it is taken.
+
+    Of `training` it reads the batch (`train_batch_size`, `gradient_accumulation_steps`), the optimizer's fields and
+    `seed`. Raises ValueError where loss or gradient is no longer finite; the weights are then those before that step.
+    """
+    from transformers import get_scheduler
+
+    from utils.policy import build_optimizer
+
+    optimizer = build_optimizer(policy, training)
+    scheduler = get_scheduler(SCHEDULES[schedule], optimizer, warmup_steps, n_steps)
+    stream = ProblemStream(demonstrations, training.seed)
+    for step in range(1, n_steps + 1):
+        learning_rate = scheduler.get_last_lr()[0]
+        loss, grad_norm = train_step(policy, optimizer, stream.draw(training.train_batch_size), training)
+        scheduler.step()
+        yield {"step": step, "loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate}
+
+
+def with_progress(steps: Iterator[dict], n_steps: int, print_every: int) -> Iterator[dict]:
+    """Pass the steps on, with a progress bar, and a line every so many."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("SFT"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, transient=True) as progress:
+        task = progress.add_task("SFT", total=n_steps)
+        for metrics in steps:
+            progress.update(task, advance=1)
+            if metrics["step"] % print_every == 0 or metrics["step"] == n_steps:
+                progress.console.print(
+                    f"step {metrics['step']}/{n_steps}  loss {metrics['loss']:.4f} nats/token  "
+                    f"grad norm {metrics['grad_norm']:.3g}  learning rate {metrics['learning_rate']:.3g}",
+                    highlight=False,
+                )
+            yield metrics
+
+
+def save_checkpoint(folder: Path, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Save under another name first, so that a folder of this name is always whole."""
+    unfinished = folder.with_name(folder.name + ".tmp")
+    policy.save_pretrained(unfinished)
+    tokenizer.save_pretrained(unfinished)
+    unfinished.rename(folder)
+
+
+def run(options: argparse.Namespace) -> None:
+    """What the command line asks for. Raises ValueError for a user's mistake."""
+    output = Path(options.output)
+    check_options(options, output)
+    from utils.policy import load_policy, load_tokenizer
+
+    tokenizer = load_tokenizer(options.model)
+    demonstrations, n_left_out = load_demonstrations(options.data, tokenizer, options.max_tokens)
+    print(
+        f"{len(demonstrations)} demonstrations ({n_left_out} longer than {options.max_tokens} tokens left out), "
+        f"{options.steps * options.batch_size / len(demonstrations):.2f} epochs"
+    )
+    training = Training(
+        seed=options.seed,
+        device=options.device or default_device(),
+        dtype=options.dtype,
+        train_batch_size=options.batch_size,
+        gradient_accumulation_steps=options.gradient_accumulation_steps,
+        learning_rate=options.learning_rate,
+        max_grad_norm=options.max_grad_norm,
+        use_gradient_checkpointing=options.use_gradient_checkpointing,
+        use_bnb_adamw8bit=False,
+    )
+    policy = load_policy(options.model, training)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "options.json").write_text(json.dumps(vars(options), indent=2) + "\n")
+    steps = train(policy, demonstrations, training, options.steps, options.schedule, options.warmup_steps)
+    with (output / METRICS_FILE).open("w") as metrics_file:
+        for row in with_progress(steps, options.steps, print_every=max(1, options.steps // 20)):
+            metrics_file.write(encode_row(row) + "\n")
+            if row["step"] in options.save_at:
+                save_checkpoint(output / f"step_{row['step']}", policy, tokenizer)
+    save_checkpoint(output / "final", policy, tokenizer)
+    print(f"wrote {', '.join(str(output / name) for name in [*(f'step_{n}' for n in options.save_at), 'final'])}")
+
+
+def check_options(options: argparse.Namespace, output: Path) -> None:
+    """Raise ValueError for options that can't be, with what would be right."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"--output {output} already holds something; choose another folder or delete it")
+    for name in ("steps", "batch_size", "gradient_accumulation_steps", "max_tokens"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)} should be 1 or more")
+    for name in ("learning_rate", "max_grad_norm"):
+        if not 0 < getattr(options, name) < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)} should be above 0")
+    if options.batch_size % options.gradient_accumulation_steps:
+        raise ValueError(
+            f"--batch-size {options.batch_size} does not divide into "
+            f"--gradient-accumulation-steps {options.gradient_accumulation_steps} equal microbatches"
+        )
+    for step in options.save_at:
+        if not 1 <= step <= options.steps:
+            raise ValueError(f"--save-at {step} is not one of the {options.steps} --steps")
+
+
+def default_device() -> str:
+    import torch
+
+    return "cuda:0" if torch.cuda.is_available() else "cpu"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", required=True, help="checkpoint folder, or a model's name on the Hugging Face hub")
+    add("--data", required=True, help="demonstrations: JSONL with `prompt` and `response`")
+    add("--output", required=True, help="folder to write; one that already holds something is refused")
+    add("--steps", type=int, required=True, help="optimizer steps, the last of which is saved as `final`")
+    add("--save-at", type=int, nargs="+", default=[], metavar="STEP", help="also save after these steps")
+    add("--batch-size", type=int, default=64, help="demonstrations an optimizer step (64)")
+    add("--gradient-accumulation-steps", type=int, default=1, help="microbatches a step; more take less memory (1)")
+    add("--learning-rate", type=float, default=1e-5, help="AdamW's learning rate, at its highest (1e-5)")
+    add("--schedule", choices=SCHEDULES, default="constant", help="the learning rate after its warm-up (constant)")
+    add("--warmup-steps", type=int, default=0, help="steps in which the learning rate rises from 0 (0)")
+    add("--max-grad-norm", type=float, default=1.0, help="clip the total gradient norm to this (1.0)")
+    add("--max-tokens", type=int, default=2048, help="leave out, and count, longer demonstrations (2048)")
+    add("--seed", type=int, default=1337, help="seed of the order of the demonstrations (1337)")
+    add("--device", help="cuda:0, cpu, ...; without it the first GPU, where there is one")
+    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="dtype of weights and optimizer (float32)")
+    add("--use-gradient-checkpointing", action="store_true", help="recompute activations, which saves memory")
+    return parser
+
+
+def main() -> int:
+    options = build_parser().parse_args()
+    try:
+        run(options)
+    except ValueError as error:
+        print(f"train_sft.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

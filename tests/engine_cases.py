@@ -1,0 +1,80 @@
+"""What the tests of both engines share: prompts, a config, and log-probs by the slow way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from configs.defaults import Config
+from utils.records import Problem, Prompt, Rollout, Sampling
+
+
+def sampling(**changes: object) -> Sampling:
+    values = {
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "min_tokens": 0,
+        "max_tokens": 16,
+        "stop": (),
+        "include_stop_str_in_output": True,
+    }
+    return Sampling(**(values | changes))
+
+
+def prompt_of(tokenizer: PreTrainedTokenizerBase, text: str) -> Prompt:
+    return Prompt(Problem(text, "0"), text, tuple(tokenizer(text).input_ids))
+
+
+def prompts_of(tokenizer: PreTrainedTokenizerBase, count: int) -> list[Prompt]:
+    """Prompts of many lengths, from 12 to over 200 tokens, so that some fill several blocks of a prefix cache."""
+    return [prompt_of(tokenizer, f"What is {i} + {i * i}?" + " Think." * (i % 28)) for i in range(count)]
+
+
+def cpu_config(model_dir: Path, **training: object) -> Config:
+    config = Config()
+    config.paths.model_path = str(model_dir)
+    values = {"device": "cpu", "dtype": "float32", "rollout_engine": "vllm", "max_tokens": 16, "min_tokens": 0}
+    for name, value in (values | training).items():
+        assert hasattr(config.training, name)
+        setattr(config.training, name, value)
+    config.vllm.dtype = "float32"
+    return config
+
+
+@torch.no_grad()
+def sharpen(policy: PreTrainedModel, seed: int) -> None:
+    """Other weights, with logits so far apart that rounding never decides which is the largest."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in policy.parameters():
+        if parameter.dim() == 2:
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.15)
+
+
+@torch.no_grad()
+def slow_log_probs(
+    policy: PreTrainedModel, rollout: Rollout, sampling: Sampling, end_ids: set[int], vocabulary_size: int
+) -> list[float]:
+    """Log-probs of a rollout's tokens under the distribution that its engine should have sampled from.
+
+    Token by token, without cache or batch, in float64, from the definition of each rule.
+    """
+    found = []
+    for t, token in enumerate(rollout.response_ids):
+        context = torch.tensor([rollout.prompt.token_ids + rollout.response_ids[:t]])
+        logits = policy(context).logits[0, -1].double()
+        weights = (logits / sampling.temperature).exp()
+        weights[vocabulary_size:] = 0.0
+        if t < sampling.min_tokens:
+            weights[list(end_ids)] = 0.0
+        probabilities = weights / weights.sum()
+        nucleus, mass = set(), 0.0
+        for candidate in probabilities.argsort(descending=True).tolist():
+            if mass >= sampling.top_p:
+                break
+            nucleus.add(candidate)
+            mass += probabilities[candidate].item()
+        assert token in nucleus
+        found.append((probabilities[token] / mass).log().item())
+    return found

@@ -1,0 +1,116 @@
+"""Train a causal language model with GRPO (Group Relative Policy Optimization) on problems with verifiable answers.
+
+    python train_grpo.py --config configs/quickstart.yaml
+    python train_grpo.py --config configs/lr_sweep/3e-5.yaml --config configs/hardware/rtx4090.yaml training.seed=7
+
+A GRPO step samples a group of responses to each of a few problems, scores them, takes as a response's advantage its
+reward against its group's, and follows the policy gradient. `train` below is the algorithm, `utils/grpo.py` its
+mathematics, `utils/update.py` the inner loop; what surrounds a step (evaluating, saving, ending) is in `utils/run.py`.
+
+Exit status: 0 finished, 1 an error, 2 a mistake in what was asked for, 3 collapsed, 4 stopped by a signal and saved,
+5 time limit reached and saved, 6 too many non-finite numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from utils.config import describe_fields, load_config
+from utils.ending import Status, StopRequest, TimeLimit
+from utils.preflight import describe_run
+
+if TYPE_CHECKING:
+    from utils.run import Run
+
+
+def train(run: Run) -> Status:
+    """The outer loop of GRPO (DeepSeekMath, algorithm 1, with verified rewards and no reference policy)."""
+    import torch  # here and not above: --help and --dry-run need none of it, and it takes seconds
+
+    from utils.batching import make_train_batch, pad_id_of
+    from utils.grpo import group_advantages
+    from utils.seeding import derive_seed
+    from utils.update import update_policy
+
+    t = run.config.training
+    run.push_weights()
+    while True:
+        run.evaluate_if_due()
+        run.save_if_due()
+        ending = run.reason_to_end()
+        if ending is not None:
+            return ending
+
+        run.start_step()
+        step = run.state.grpo_step
+        prompts = run.problem_stream.draw(t.rollout_batch_size // t.group_size)
+        with run.phase("rollout"):
+            rollouts = run.engine.generate(prompts, n=t.group_size, seed=derive_seed(t.seed, "rollouts", step))
+            run.engine.sleep()
+        with run.phase("grading"):
+            rewards = run.scorer.score(rollouts)
+        raw_rewards = torch.tensor([reward.total for reward in rewards])
+        advantages = group_advantages(raw_rewards, t.group_size, t.use_std_normalization, t.advantage_eps)
+        batch = make_train_batch(rollouts, raw_rewards, advantages, pad_id_of(run.tokenizer))
+        with run.phase("train"):
+            update = update_policy(run.policy, run.optimizer, batch, t, step, lambda: run.stop.requested)
+        if update.abandoned:  # asked to stop: the state is still that of the last whole step
+            continue
+        with run.phase("push"):
+            run.push_weights()
+        run.finish_step(rollouts, rewards, advantages, update)
+
+
+def main(arguments: Sequence[str] | None = None) -> Status:
+    options = parse_arguments(arguments)
+    try:
+        config = load_config(options.config, options.overrides)
+        if options.dry_run:
+            print(describe_run(config))
+            return Status.FINISHED
+    except ValueError as mistake:
+        return report_mistake(mistake)
+
+    from utils.build import build_run
+
+    limit = TimeLimit(config.training.max_hours)
+    with StopRequest() as stop:
+        try:
+            run = build_run(config, options.resume, options.allow_changes, stop, limit)
+        except ValueError as mistake:
+            return report_mistake(mistake)
+        with run:
+            return run.end(train(run))
+
+
+def report_mistake(mistake: ValueError) -> Status:
+    print(f"error: {mistake}", file=sys.stderr)
+    return Status.USER_MISTAKE
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="train_grpo.py",
+        description=__doc__,
+        epilog="config fields, with their defaults:\n" + describe_fields(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--config", action="append", default=[], metavar="FILE", help="YAML file; given again, later files win"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="change a field of the config")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the config and what follows from it; load nothing"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on with the run in paths.output_dir")
+    parser.add_argument(
+        "--allow-changes", action="store_true", help="resume although fields differ that should not (they are listed)"
+    )
+    return parser.parse_intermixed_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,302 @@
+"""Checkpoints that are whole or absent, and all that a run needs to go on as though it had never stopped.
+
+A checkpoint is a folder that `AutoModelForCausalLM` and `AutoTokenizer` load, with the trainer's own state beside the
+model: `trainer_state.json` and `optimizer.pt`. It is written under another name, flushed to the disk and renamed, so a
+kill at any instant leaves the checkpoints that were there before.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+
+STATE_FILE = "trainer_state.json"
+OPTIMIZER_FILE = "optimizer.pt"
+SAVING, REMOVING, LINKING = ".saving-", ".removing-", ".linking-"  # what a killed save may leave behind
+
+# What may differ between a run and its resumption: none of it changes what the run is an experiment on.
+MAY_CHANGE = frozenset(
+    {
+        "paths.output_dir",
+        # How long, how often, how loud.
+        "training.n_grpo_steps",
+        "training.max_hours",
+        "training.max_nonfinite_steps",
+        "training.eval_interval",
+        "training.checkpoint_interval",
+        "training.checkpoint_keep",
+        "training.n_rollouts_to_log",
+        "training.wandb_project",
+        "training.wandb_run_name",
+        "training.wandb_tags",
+        "training.track_peak_memory",
+        # Hardware: the same numbers but for rounding.
+        "training.device",
+        "training.attention_type",
+        "training.use_compile",
+        "training.use_gradient_checkpointing",
+        "training.use_vllm_sleep_mode",
+        "training.gradient_accumulation_steps",
+        "training.max_tokens_per_microbatch",
+        "training.old_log_probs_train_size",
+        "training.log_prob_chunk_size",
+        "training.generation_batch_size",
+        "training.try_longest_microbatch",
+        "vllm.gpu_memory_utilization",
+        "vllm.enable_prefix_caching",
+        "vllm.enforce_eager",
+        "vllm.max_num_seqs",
+        "vllm.sleep_level",
+        "vllm.cpu_kv_cache_mb",
+        "vllm.check_interval",
+        "vllm.check_tolerance",
+        "grader.workers",
+        "grader.memory_limit_mb",
+    }
+)
+MAY_CHANGE_SECTIONS = frozenset({"guard"})  # it watches the run and changes none of its numbers
+CUTS_MICROBATCHES = frozenset({"training.gradient_accumulation_steps", "training.max_tokens_per_microbatch"})
+
+
+def capture_random_state() -> dict:
+    """The state of the global generators of Python, NumPy and torch, JSON-able."""
+    kind, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": [kind, keys.tolist(), *rest],
+        "torch": torch.get_rng_state().tolist(),
+        "cuda": [state.tolist() for state in torch.cuda.get_rng_state_all()] if torch.cuda.is_initialized() else [],
+    }
+
+
+def restore_random_state(state: dict) -> None:
+    """Undo what was drawn since `capture_random_state`. GPUs that this machine lacks are left out."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    np.random.set_state(tuple(state["numpy"]))
+    torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
+    for device, bytes_ in enumerate(state["cuda"][: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(torch.tensor(bytes_, dtype=torch.uint8), device)
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Where a run stands between two GRPO steps, beside weights and optimizer. All of it is JSON-able.
+
+    Rollouts, evaluation and minibatch order draw from seeds derived from the step, so they need no state here;
+    `random`, the global generators that library code draws from, is captured when the state is made.
+    """
+
+    grpo_step: int = 0  # GRPO steps completed
+    optimizer_step: int = 0  # optimizer steps taken
+    skipped_in_a_row: int = 0  # optimizer steps skipped since the last one taken (NaN or infinity)
+    problem_stream: dict = field(default_factory=dict)
+    evaluated_step: int | None = None  # the GRPO step last evaluated at
+    best_reward: float | None = None  # best eval/reward so far
+    best_step: int | None = None  # and the GRPO step it was reached at
+    guard: dict = field(default_factory=dict)
+    advisor: dict = field(default_factory=dict)
+    tracker_id: str | None = None
+    random: dict = field(default_factory=capture_random_state)
+
+
+@dataclass(frozen=True)
+class SaveFailure:
+    """A save that failed. The checkpoints that were there before still stand."""
+
+    grpo_step: int
+    reason: str
+    needed_bytes: int
+    free_bytes: int
+
+    def __str__(self) -> str:
+        needed, free = self.needed_bytes / 2**20, self.free_bytes / 2**20
+        return (
+            f"the checkpoint of GRPO step {self.grpo_step} was not saved: {self.reason}. It needs about {needed:,.1f} "
+            f"MiB; {free:,.1f} MiB are free. Older checkpoints stand. Free some space, or lower checkpoint_keep"
+        )
+
+
+class Checkpoints:
+    """The checkpoints of one run: `folder/step_000040`, and links `best` and `last` to two of them.
+
+    Keeps the `keep` newest, the best and the last. `failure` tells of the last save if it failed, so that the loop
+    can repeat it until a save succeeds.
+    """
+
+    def __init__(self, folder: Path | str, keep: int) -> None:
+        """Clean up what a killed process left in `folder`: only the process that writes there may make this object."""
+        self.folder, self.keep = Path(folder), keep
+        self.failure: SaveFailure | None = None
+        if self.folder.is_dir():
+            self._remove_leftovers()
+            self._update_links()
+
+    def steps(self) -> list[Path]:
+        """All checkpoints, oldest first. Each is whole."""
+        found = [path for path in self.folder.glob("step_*") if path.name.removeprefix("step_").isdigit()]
+        return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+
+    def newest(self) -> Path | None:
+        """The newest checkpoint, or None where there is none yet."""
+        return next(reversed(self.steps()), None)
+
+    def best(self) -> Path | None:
+        """The newest checkpoint that was the best so far when it was saved."""
+        return next((path for path in reversed(self.steps()) if _read_json(path / STATE_FILE)["is_best"]), None)
+
+    def save(
+        self,
+        state: TrainState,
+        policy: torch.nn.Module,
+        tokenizer: Any,
+        optimizer: torch.optim.Optimizer,
+        is_best: bool = False,
+    ) -> SaveFailure | None:
+        """Save, then remove what is no longer kept; returns what went wrong if the disk refused.
+
+        Where the step has a checkpoint, its weights are these; only what was learned since then (by an evaluation) is
+        put into its state file.
+        """
+        final = self.folder / f"step_{state.grpo_step:06d}"
+        aside = self.folder / f"{SAVING}{final.name}"
+        needed = _tensor_bytes([policy.state_dict(), optimizer.state_dict()])
+        self.failure = None
+        try:
+            if final.is_dir():
+                _write_state(aside, state, is_best)
+                aside.replace(final / STATE_FILE)
+                _flush(final)
+            else:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                _flush(self.folder.parent)
+                if needed > shutil.disk_usage(self.folder).free:
+                    raise OSError("not enough space on the disk")
+                _write(aside, state, policy, tokenizer, optimizer, is_best)
+                aside.rename(final)
+            self._update_links()
+            self._remove_old()
+        except (OSError, SafetensorError) as error:
+            self._remove_leftovers()
+            free = shutil.disk_usage(_existing(self.folder)).free
+            self.failure = SaveFailure(state.grpo_step, str(error), needed, free)
+        return self.failure
+
+    def load(self, path: Path, optimizer: torch.optim.Optimizer) -> TrainState:
+        """Put the optimizer's state and the global random generators back; returns the rest.
+
+        Weights come from `from_pretrained(path)`, tokenizer too. The optimizer keeps its own hyperparameters, which
+        come from the config. Call this last, as building the other parts draws random numbers.
+        """
+        saved = torch.load(path / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
+        for saved_group, group in zip(saved["param_groups"], optimizer.param_groups, strict=True):
+            saved_group.update({name: value for name, value in group.items() if name != "params"})
+        optimizer.load_state_dict(saved)
+        entries = _read_json(path / STATE_FILE)
+        del entries["is_best"]
+        restore_random_state(entries["random"])
+        return TrainState(**entries)
+
+    def _update_links(self) -> None:
+        """Links follow from the folders alone, so a kill between a rename and its link is mended at the next start."""
+        for name, target in (("last", self.newest()), ("best", self.best())):
+            if target is not None:
+                link = self.folder / f"{LINKING}{name}"
+                link.unlink(missing_ok=True)
+                link.symlink_to(target.name, target_is_directory=True)
+                link.replace(self.folder / name)
+        _flush(self.folder)
+
+    def _remove_old(self) -> None:
+        """Rename before removing: a folder with a checkpoint's name is whole at every instant."""
+        for path in self.steps()[: -self.keep]:
+            if path != self.best():
+                path.rename(self.folder / f"{REMOVING}{path.name}")
+        self._remove_leftovers()
+
+    def _remove_leftovers(self) -> None:
+        for path in self.folder.glob(".*"):
+            if not path.name.startswith((SAVING, REMOVING, LINKING)):
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
+def changed_fields(saved: Any, config: Any) -> list[str]:
+    """Fields in which two configs differ and which may not change when a run is resumed, with both values."""
+    old, new = asdict(saved), asdict(config)
+    # This mode divides by the longest response of a microbatch, so there the cut is part of the loss.
+    fixed = CUTS_MICROBATCHES if config.training.normalize_mode == "microbatch" else frozenset()
+    return [
+        f"{section}.{name}: saved {old[section].get(name)!r}, asked for {value!r}"
+        for section in new
+        if section not in MAY_CHANGE_SECTIONS
+        for name, value in new[section].items()
+        if old[section].get(name) != value and (f"{section}.{name}" in fixed or f"{section}.{name}" not in MAY_CHANGE)
+    ]
+
+
+def _write(folder: Path, state: TrainState, policy: Any, tokenizer: Any, optimizer: Any, is_best: bool) -> None:
+    """Write all files of a checkpoint and flush them and their folder to the disk."""
+    folder.mkdir()
+    plain = getattr(policy, "_orig_mod", policy)  # torch.compile's wrapper would put a prefix before every name
+    plain.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    _write_state(folder / STATE_FILE, state, is_best)
+    try:
+        with (folder / OPTIMIZER_FILE).open("wb") as file:
+            torch.save(optimizer.state_dict(), file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):  # torch's zip writer stumbles over a refused write, and hides it
+            raise OSError(f"{OPTIMIZER_FILE}: {error.__context__}") from error
+        raise
+    for path in [*folder.rglob("*"), folder]:
+        _flush(path)
+
+
+def _write_state(path: Path, state: TrainState, is_best: bool) -> None:
+    path.write_text(json.dumps(asdict(state) | {"is_best": is_best}))
+    _flush(path)
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _tensor_bytes(tree: Any) -> int:
+    """Bytes of all tensors in nested dicts and lists; a tensor that appears twice (tied weights) counts once."""
+
+    def tensors(node: Any) -> Iterable[torch.Tensor]:
+        if isinstance(node, torch.Tensor):
+            yield node
+        elif isinstance(node, dict | list | tuple):
+            for child in node.values() if isinstance(node, dict) else node:
+                yield from tensors(child)
+
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors(tree)}.values())
+
+
+def _existing(path: Path) -> Path:
+    """The path itself or the nearest folder above it that exists."""
+    return path if path.exists() else _existing(path.parent)
+
+
+def _read_json(path: Path) -> dict:
+    return json.loads(path.read_text())

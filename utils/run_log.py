@@ -1,0 +1,303 @@
+"""What a run says while it trains: the console, the JSONL files, and the tracker. Only this file imports wandb."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from utils.console import TrainingConsole
+from utils.metrics_doc import check_metric_names
+from utils.records import Reward, Rollout
+from utils.run_files import (
+    METRICS_FILE,
+    ROLLOUTS_FILE,
+    STATUS_FILE,
+    STATUSES,
+    WARNINGS_FILE,
+    cut_rows,
+    encode_row,
+    write_atomically,
+)
+from utils.seeding import derive_seed
+
+TRACKER_TIMEOUT = 30.0  # seconds that a dead network may cost at the start of a run, and again at its end
+
+
+class NullTracker:
+    """In place of a tracker: one that is off, or that has failed."""
+
+    offline_because = ""
+
+    def __init__(self, run_id: str | None = None) -> None:
+        self.run_id = run_id
+
+    def log(self, row: dict[str, Any]) -> None:
+        pass
+
+    def close(self, status: str) -> None:
+        pass
+
+
+class WandbTracker:
+    """A Weights & Biases run. Without login or network it is kept offline, in the run's folder."""
+
+    def __init__(
+        self,
+        output_dir: Path,
+        project: str,
+        name: str | None,
+        tags: Sequence[str],
+        config: dict[str, Any] | None,
+        run_id: str | None,
+    ) -> None:
+        import wandb
+
+        wandb_settings = wandb.Settings(
+            console="off", silent=True, init_timeout=TRACKER_TIMEOUT, finish_timeout=TRACKER_TIMEOUT
+        )
+        options = {"project": project, "name": name, "tags": list(tags), "config": config, "dir": output_dir}
+        options |= {"settings": wandb_settings} | ({"id": run_id, "resume": "allow"} if run_id else {})
+        self.offline_because = ""
+        if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False, verify=False):
+            self.offline_because = "not logged in"  # wandb.init would ask for a key, and wait for it
+            options["mode"] = "offline"
+        try:
+            self._run = wandb.init(**options)
+        except wandb.errors.CommError as error:
+            self.offline_because = f"no connection ({_first_line(error)})"
+            self._run = wandb.init(**options, mode="offline")
+        self.run_id = self._run.id
+        self._run.define_metric("grpo_step")
+        self._run.define_metric("train/*", step_metric="grpo_step")
+        self._run.define_metric("eval_step")
+        self._run.define_metric("eval/*", step_metric="eval_step")
+
+    def log(self, row: dict[str, Any]) -> None:
+        self._run.log(row)
+
+    def close(self, status: str) -> None:
+        self._run.summary["status"] = status
+        self._run.finish(exit_code=int(status == "failed"))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0]
+
+
+def fetch_wandb_runs(project: str) -> list[dict[str, Any]]:
+    """The runs of `entity/project`, or the one of `entity/project/run_id`: name, id, seed, ending, and history as rows.
+
+    Raises ValueError where they can't be fetched.
+    """
+    try:
+        import wandb
+
+        api = wandb.Api()
+        runs = [api.run(project)] if project.count("/") == 2 else list(api.runs(project))
+        return [
+            {
+                "name": run.name,
+                "id": run.id,
+                "seed": run.config.get("training", {}).get("seed"),
+                "ending": run.summary.get("status", run.state),
+                "history": list(run.scan_history()),
+            }
+            for run in runs
+        ]
+    except tracker_errors() as error:
+        raise ValueError(f"wandb:{project} can't be read: {type(error).__name__}: {error}") from error
+
+
+def tracker_errors() -> tuple[type[Exception], ...]:
+    """What wandb raises when it fails: its own errors, once it is imported, and what the libraries under it raise."""
+    own = [sys.modules["wandb"].Error] if hasattr(sys.modules.get("wandb"), "Error") else []
+    return (
+        *own,
+        AssertionError,
+        AttributeError,
+        ImportError,
+        LookupError,
+        OSError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    )
+
+
+class RunLog:
+    """The log of one run. `metrics.jsonl` is the source of truth; console and tracker show what it holds.
+
+    `grpo_step` counts completed steps in every call: 1 after the first, 0 for the evaluation before training.
+    Not-a-number and infinity are written as null, with a `nonfinite` entry in the row that says which it was.
+    Use it as a context manager, or call `close`, so that the terminal is given back.
+    """
+
+    def __init__(
+        self,
+        output_dir: Path,
+        *,
+        n_grpo_steps: int,
+        wandb_project: str = "",
+        wandb_run_name: str = "",
+        wandb_tags: Sequence[str] = (),
+        config: dict[str, Any] | None = None,
+        tracker_id: str | None = None,
+        resume_at: int | None = None,
+    ) -> None:
+        """Open the files of `output_dir`, made if need be.
+
+        `resume_at=k` goes on after GRPO step k: later rows and rollouts are cut, so that each step stands once, while
+        warnings stay. `tracker_id` is the `tracker_id` of the run that is resumed. Raises ValueError where metrics
+        are there already and `resume_at` is None.
+        """
+        self._output_dir = Path(output_dir)
+        self._output_dir.mkdir(parents=True, exist_ok=True)
+        self._grpo_step = resume_at or 0
+        kept, complaints = self._prepare_files(resume_at)
+        already_run = max((row["time"] for row in kept), default=0.0)
+        self._started = time.monotonic() - already_run
+        self._files = {name: (self._output_dir / name).open("a") for name in (METRICS_FILE, ROLLOUTS_FILE)}
+        self._console = TrainingConsole(n_grpo_steps, self._grpo_step)
+        for complaint in complaints:
+            self.warn(complaint)
+        self._tracker: NullTracker | WandbTracker = NullTracker(tracker_id)
+        if wandb_project:
+            with self._tracker_may_fail():
+                name = wandb_run_name or None
+                self._tracker = WandbTracker(self._output_dir, wandb_project, name, wandb_tags, config, tracker_id)
+                self._warn_if_offline()
+            self._started = time.monotonic() - already_run  # waiting for the tracker's server is no training time
+
+    def _prepare_files(self, resume_at: int | None) -> tuple[list[dict], list[str]]:
+        metrics_file = self._output_dir / METRICS_FILE
+        if resume_at is None and metrics_file.exists():
+            raise ValueError(f"{metrics_file} is there already: resume that run, or choose another output_dir")
+        if resume_at is None:
+            return [], []
+        (self._output_dir / STATUS_FILE).unlink(missing_ok=True)
+        kept, complaints = cut_rows(metrics_file, resume_at)
+        return kept, complaints + cut_rows(self._output_dir / ROLLOUTS_FILE, resume_at)[1]
+
+    @property
+    def tracker_id(self) -> str | None:
+        """What a resumed run passes as `tracker_id`; None without a tracker."""
+        return self._tracker.run_id
+
+    @property
+    def time(self) -> float:
+        """Seconds this run has been running, its resumed parts added up."""
+        return time.monotonic() - self._started
+
+    def train_step(self, grpo_step: int, metrics: dict[str, float]) -> None:
+        """Log one GRPO step: `train/*` metrics, and `optimizer_step` beside them."""
+        check_metric_names((name for name in metrics if name != "optimizer_step"), "train/")
+        self._grpo_step = grpo_step
+        self._write_metrics({"grpo_step": grpo_step}, metrics)
+        self._console.train_step(grpo_step, metrics)
+
+    def evaluation(self, grpo_step: int, metrics: dict[str, float]) -> None:
+        """Log one evaluation: `eval/*` metrics and `train/eval_dt`, after `grpo_step` completed steps."""
+        check_metric_names((name for name in metrics if name != "train/eval_dt"), "eval/")
+        self._write_metrics({"eval_step": grpo_step}, metrics)
+        self._console.evaluation(grpo_step, metrics)
+
+    def rollouts(
+        self,
+        split: str,
+        grpo_step: int,
+        rollouts: Sequence[Rollout],
+        rewards: Sequence[Reward],
+        advantages: Sequence[float] | None = None,
+        *,
+        n: int,
+    ) -> None:
+        """Write n of the rollouts of a split: "train", or "eval", where they are the same problems every time.
+
+        The choice depends on split, step and number alone: no generator is drawn from, and a repeat chooses alike.
+        """
+        seed = derive_seed(0, f"logging/{split}", 0 if split == "eval" else grpo_step)
+        for i in sorted(random.Random(seed).sample(range(len(rollouts)), min(n, len(rollouts)))):
+            rollout, reward = rollouts[i], rewards[i]
+            row = {
+                "split": split,
+                "grpo_step": grpo_step,
+                "index": i,
+                "question": rollout.prompt.problem.question,
+                "prompt": rollout.prompt.text,
+                "response": rollout.response,
+                "truth": rollout.prompt.problem.answer,
+                "format_reward": float(reward.format),
+                "answer_reward": float(reward.answer),
+                "reward": float(reward.total),
+                "advantage": None if advantages is None else float(advantages[i]),
+                "finish_reason": rollout.finish_reason,
+                "response_length": len(rollout.response_ids),
+            }
+            self._write(ROLLOUTS_FILE, row)
+
+    def note(self, text: str) -> None:
+        """Print a line, above the progress bar."""
+        self._console.line(text)
+
+    def warn(self, text: str) -> None:
+        """Print a warning and keep it in warnings.jsonl."""
+        self._console.line(f"warning: {text}", style="yellow")
+        row = {"grpo_step": self._grpo_step, "time": round(self.time, 3), "warning": text}
+        with (self._output_dir / WARNINGS_FILE).open("a") as file:
+            file.write(encode_row(row) + "\n")
+
+    def close(self, status: str, detail: str = "") -> None:
+        """Write status.json and let go of terminal, files and tracker. Called again, it does nothing.
+
+        `status` says how the run ended: finished, collapsed, interrupted, time_limit or failed.
+        """
+        if status not in STATUSES:
+            raise ValueError(f"status {status!r} is none of {', '.join(STATUSES)}")
+        if not self._files:
+            return
+        row = {"status": status, "grpo_step": self._grpo_step, "time": round(self.time, 3), "detail": detail}
+        write_atomically(self._output_dir / STATUS_FILE, encode_row(row) + "\n")
+        for file in self._files.values():
+            file.close()
+        self._files = {}
+        self._console.close()
+        with self._tracker_may_fail():
+            self._tracker.close(status)
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
+        status = "finished" if kind is None else "interrupted" if kind is KeyboardInterrupt else "failed"
+        self.close(status, "" if error is None else f"{kind.__name__}: {error}")
+
+    def _write(self, file_name: str, row: dict[str, Any]) -> None:
+        self._files[file_name].write(encode_row(row) + "\n")
+        self._files[file_name].flush()
+
+    def _write_metrics(self, axis: dict[str, int], metrics: dict[str, float]) -> None:
+        values = {name: int(v) if name == "optimizer_step" else float(v) for name, v in metrics.items()}
+        row = {**axis, "time": round(self.time, 3), **values}
+        self._write(METRICS_FILE, row)
+        with self._tracker_may_fail():
+            self._tracker.log(row)
+
+    @contextlib.contextmanager
+    def _tracker_may_fail(self) -> Iterator[None]:
+        """A tracker that fails is warned of once and left alone from then on."""
+        try:
+            yield
+        except tracker_errors() as error:
+            self._tracker = NullTracker(self._tracker.run_id)
+            reason = _first_line(error)
+            self.warn(f"wandb failed, {METRICS_FILE} goes on without it: {type(error).__name__}: {reason}")
+
+    def _warn_if_offline(self) -> None:
+        if self._tracker.offline_because:
+            reason = self._tracker.offline_because
+            self.warn(f"wandb: {reason}; kept offline, `wandb sync {self._output_dir}/wandb/offline-*` sends it later")

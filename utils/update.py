@@ -1,0 +1,239 @@
+"""The inner loop of GRPO: epochs x minibatches x microbatches, gradient clipping, optimizer steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from configs.defaults import Training
+from utils.batching import Microbatch, split_rows, take_microbatch
+from utils.grpo import grpo_microbatch_train_step, length_denominators
+from utils.log_probs import response_log_probs
+from utils.records import TrainBatch
+from utils.seeding import derive_seed
+
+
+@dataclass
+class UpdateResult:
+    """What one rollout batch did to the policy."""
+
+    metrics: dict[str, float]
+    n_optimizer_steps: int = 0  # taken
+    skipped: list[bool] = field(default_factory=list)  # an entry an optimizer step: skipped for a non-finite number?
+    nonfinite_rows: list[int] = field(default_factory=list)  # rows of the batch whose log-probs or loss were non-finite
+    abandoned: bool = False  # asked to stop before any optimizer step: the weights are as they were
+
+
+@dataclass
+class StepSums:
+    """Sums over response tokens, kept on the device and read once, at the end of the GRPO step."""
+
+    device: torch.device
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    losses: list[Tensor] = field(default_factory=list)  # one an optimizer step
+    grad_norms: list[Tensor] = field(default_factory=list)
+
+    def add(self, name: str, value: Tensor) -> None:
+        self.sums[name] = self.sums.get(name, 0) + value.detach().double()
+
+    def metrics(self, max_grad_norm: float) -> dict[str, float]:
+        """Means over response tokens, and over optimizer steps. A quantity that nothing was trained on is left out."""
+        sums = {name: value.item() for name, value in self.sums.items()}
+        tokens = sums.pop("tokens", 0.0)
+        max_diff = sums.pop("sampler_max_diff", None)
+        metrics = {f"train/{name}": value / tokens for name, value in sums.items()} if tokens else {}
+        if max_diff is not None and tokens:
+            metrics["train/sampler_max_diff"] = max_diff
+        norms = torch.stack(self.grad_norms).double().cpu() if self.grad_norms else torch.empty(0)
+        if len(norms):
+            metrics["train/loss"] = torch.stack(self.losses).double().mean().item()
+            metrics["train/grad_norm"] = norms.mean().item()
+            metrics["train/frac_grad_clipped"] = (norms > max_grad_norm).double().mean().item()
+        metrics["train/trained_tokens"] = tokens
+        return metrics
+
+
+def update_policy(
+    policy: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: TrainBatch,
+    training: Training,
+    grpo_step: int,
+    stop_requested: Callable[[], bool] = lambda: False,
+) -> UpdateResult:
+    """Train on one rollout batch: `epochs_per_rollout_batch` passes, an optimizer step for each `train_batch_size`.
+
+    A rollout whose advantage (with `no_baseline`: reward) is exactly 0 has no gradient and is left out where
+    `skip_zero_advantage`; the loss is still a mean over all rollouts. An optimizer step with a non-finite loss or
+    gradient is skipped. `stop_requested` is asked after every microbatch; if it says yes before the first optimizer
+    step, the update is abandoned with the weights untouched, and otherwise finished, so that weights are always those
+    of a whole GRPO step.
+    """
+    device = next(policy.parameters()).device
+    result, sums = UpdateResult(metrics={}), StepSums(device)
+    signal = batch.rewards if training.loss_type == "no_baseline" else batch.advantages
+    trained = (signal != 0) if training.skip_zero_advantage else torch.ones_like(signal, dtype=torch.bool)
+    old_log_probs = None
+    if needs_old_log_probs(training):
+        old_log_probs = compute_old_log_probs(policy, batch, trained.nonzero().flatten(), training)
+
+    for rows in minibatches(len(signal), training, grpo_step):
+        untouched = result.n_optimizer_steps == 0
+        loss = torch.zeros((), device=device)
+        nonfinite = []
+        for microbatch in microbatches(batch, rows, trained, old_log_probs, training, device):
+            microbatch_loss, bad_rows = train_on_microbatch(policy, microbatch, training, sums)
+            loss += microbatch_loss
+            nonfinite.append((microbatch.rows, bad_rows))
+            if untouched and stop_requested():
+                optimizer.zero_grad()
+                result.abandoned = True
+                return result
+        take_optimizer_step(policy, optimizer, loss, nonfinite, training.max_grad_norm, sums, result)
+
+    result.metrics = {
+        "train/frac_trained_rollouts": trained.double().mean().item(),
+        "train/nonfinite_steps": float(sum(result.skipped)),
+        **sums.metrics(training.max_grad_norm),
+    }
+    return result
+
+
+def needs_old_log_probs(training: Training) -> bool:
+    """Whether the loss has a ratio and more than one optimizer step follows a rollout batch.
+
+    With one step the current weights are those that sampled, so old log-probs are the current ones, detached.
+    """
+    several_steps = training.epochs_per_rollout_batch > 1 or training.train_batch_size < training.rollout_batch_size
+    return training.loss_type in ("grpo_clip", "grpo_no_clip") and several_steps
+
+
+@torch.no_grad()
+def compute_old_log_probs(policy: torch.nn.Module, batch: TrainBatch, rows: Tensor, training: Training) -> Tensor:
+    """(B, T-1) float32 on the CPU: log-probs under the weights that sampled, 0 outside the responses of `rows`."""
+    parameter = next(policy.parameters())
+    unused = torch.ones(len(batch.rewards))
+    computed = []
+    for piece in split_rows(rows, batch.sequence_lengths, training.old_log_probs_train_size):
+        microbatch = take_microbatch(batch, piece, unused, None, parameter.device)
+        computed.append((piece, policy_log_probs(policy, microbatch, training, with_entropy=False)[0]))
+    old_log_probs = torch.zeros(batch.response_mask.shape, dtype=torch.promote_types(parameter.dtype, torch.float32))
+    for piece, log_probs in computed:  # copied here and not above, where each copy would wait for the device
+        old_log_probs[piece, : log_probs.shape[1]] = log_probs.cpu()
+    return old_log_probs
+
+
+def minibatches(n_rollouts: int, training: Training, grpo_step: int) -> Iterator[Tensor]:
+    """The rows of each optimizer step: every rollout once an epoch, in an order of the epoch's own."""
+    for epoch in range(training.epochs_per_rollout_batch):
+        generator = torch.Generator().manual_seed(derive_seed(training.seed, "minibatches", grpo_step, epoch))
+        yield from torch.randperm(n_rollouts, generator=generator).split(training.train_batch_size)
+
+
+def microbatches(
+    batch: TrainBatch,
+    rows: Tensor,
+    trained: Tensor,
+    old_log_probs: Tensor | None,
+    training: Training,
+    device: torch.device,
+) -> Iterator[Microbatch]:
+    """Cut the rows of a minibatch that are trained on. Denominators are counted before anything is left out."""
+    size = training.train_batch_size // training.gradient_accumulation_steps
+    denominators = torch.ones(len(trained))
+    denominators[rows] = length_denominators(
+        batch.response_lengths[rows], training.normalize_mode, training.normalize_constant, size
+    )
+    for piece in split_rows(rows[trained[rows]], batch.sequence_lengths, size, training.max_tokens_per_microbatch):
+        yield take_microbatch(batch, piece, denominators, old_log_probs, device)
+
+
+def policy_log_probs(
+    policy: torch.nn.Module, microbatch: Microbatch, training: Training, with_entropy: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(M, t-1) log-probs of the response tokens as they were sampled (temperature applied), and their entropy."""
+    autocast = nullcontext()
+    if training.autocast_dtype is not None:
+        autocast = torch.autocast(microbatch.input_ids.device.type, getattr(torch, training.autocast_dtype))
+    with autocast:
+        return response_log_probs(
+            policy,
+            microbatch.input_ids,
+            microbatch.response_mask,
+            temperature=training.temperature,
+            chunk_size=training.log_prob_chunk_size,
+            with_entropy=with_entropy,
+            response_index=microbatch.response_index,
+        )
+
+
+def train_on_microbatch(
+    policy: torch.nn.Module, microbatch: Microbatch, training: Training, sums: StepSums
+) -> tuple[Tensor, Tensor]:
+    """Forward and backward: (loss, which rows are non-finite (M,) bool), both left on the device."""
+    log_probs, entropy = policy_log_probs(policy, microbatch, training, with_entropy=True)
+    current = log_probs.detach()
+    old = current if microbatch.old_log_probs is None else microbatch.old_log_probs
+    loss, metadata = grpo_microbatch_train_step(
+        log_probs,
+        microbatch.response_mask,
+        training.gradient_accumulation_steps,
+        training.loss_type,
+        raw_rewards=microbatch.rewards,
+        advantages=microbatch.advantages,
+        old_log_probs=old,
+        cliprange=training.cliprange,
+        denominators=microbatch.denominators,
+        n_sequences=training.train_batch_size,
+    )
+    add_statistics(sums, microbatch, current, old, entropy, metadata)
+    return loss, ~(torch.isfinite(current) & torch.isfinite(old)).all(dim=1)
+
+
+def add_statistics(
+    sums: StepSums, microbatch: Microbatch, current: Tensor, old: Tensor, entropy: Tensor, metadata: dict[str, Tensor]
+) -> None:
+    """Add a microbatch's response tokens to the step's sums."""
+    mask = microbatch.response_mask
+    ratio = metadata.get("ratio", torch.exp(current - old))
+    clipped = metadata.get("clipped", torch.zeros_like(mask))
+    # KL(sampler || trainer) by the estimator r - 1 - log r, which is never negative (Schulman 2020)
+    difference = torch.where(mask, old - microbatch.sampler_log_probs, 0.0)
+    kl = torch.expm1(difference) - difference
+    for name, values in {"entropy": entropy, "mean_ratio": ratio, "clip_fraction": clipped, "sampler_kl": kl}.items():
+        sums.add(name, torch.where(mask, values.float(), 0.0).sum())
+    sums.add("tokens", mask.sum())
+    largest = difference.abs().max().double()
+    sums.sums["sampler_max_diff"] = torch.maximum(sums.sums.get("sampler_max_diff", largest), largest)
+
+
+def take_optimizer_step(
+    policy: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss: Tensor,
+    nonfinite: list[tuple[Tensor, Tensor]],
+    max_grad_norm: float,
+    sums: StepSums,
+    result: UpdateResult,
+) -> None:
+    """Clip the gradient and step, unless loss or gradient is non-finite: then skip the step and note its rows."""
+    for parameter in policy.parameters():
+        if parameter.grad is None:
+            # nothing was trained on: Adam's momentum moves the weights all the same, as with a gradient of 0
+            parameter.grad = torch.zeros_like(parameter)
+    grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm)
+    finite = bool(torch.isfinite(loss) & torch.isfinite(grad_norm))  # the one wait for the device an optimizer step
+    if finite:
+        optimizer.step()
+        result.n_optimizer_steps += 1
+        sums.losses.append(loss)
+        sums.grad_norms.append(grad_norm)
+    else:
+        for rows, bad in nonfinite:
+            result.nonfinite_rows += rows[bad.cpu()].tolist()
+    result.skipped.append(not finite)
+    optimizer.zero_grad()
