@@ -10,6 +10,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,15 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny") / "model"
     tiny.build_model(seed=0).save_pretrained(folder)
     tiny.build_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as play-scripts/make_tiny.py makes it,. Treat it as read-only."""
+    folder = tmp_path_factory.mktemp("world") / "tiny"
+    script = Path(__file__).parents[1] / "play-scripts" / "make_tiny.py"
+    subprocess.run([sys.executable, str(script), "--output", str(folder)], check=True)
     return folder
 
 
