@@ -49,7 +49,8 @@ def train(run: Run) -> Status:
         prompts = run.problem_stream.draw(t.rollout_batch_size // t.group_size)
         with run.phase("rollout"):
             rollouts = run.engine.generate(prompts, n=t.group_size, seed=derive_seed(t.seed, "rollouts", step))
-            run.engine.sleep()
+        run.check_engine(rollouts)
+        run.sleep_engine()
         with run.phase("grading"):
             rewards = run.scorer.score(rollouts)
         raw_rewards = torch.tensor([reward.total for reward in rewards])

@@ -119,7 +119,7 @@ class Training:
     old_log_probs_train_size: int = option(2, "sequences a forward pass when old log-probs are computed", low=1)
     log_prob_chunk_size: int = option(2048, "response tokens that go through the language-model head at once", low=1)
     try_longest_microbatch: bool = option(
-        True, "try a longest-case microbatch at the start, to run out of memory early"
+        True, "on a GPU: try a longest-case microbatch at the start, to run out of memory early"
     )
 
 

@@ -33,7 +33,7 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as play-scripts/make_tiny.py makes it,. Treat it as read-only."""
+    """A folder as play-scripts/make_tiny.py makes it. Treat it as read-only."""
     folder = tmp_path_factory.mktemp("world") / "tiny"
     script = Path(__file__).parents[1] / "play-scripts" / "make_tiny.py"
     subprocess.run([sys.executable, str(script), "--output", str(folder)], check=True)

@@ -209,7 +209,7 @@ def test_a_non_finite_gradient_alone_skips_the_step(policy: torch.nn.Module, val
     result = UpdateResult(metrics={})
     optimizer = torch.optim.AdamW(policy.parameters())
     rows = [(torch.tensor([4, 2]), torch.tensor([False, True]))]
-    take_optimizer_step(policy, optimizer, torch.tensor(0.5), rows, 1.0, StepSums(torch.device("cpu")), result)
+    take_optimizer_step(policy, optimizer, torch.tensor(0.5), rows, 1.0, StepSums(), result)
     assert result.skipped == [True]
     assert result.nonfinite_rows == [2]
     assert all(torch.equal(b, p) for b, p in zip(before, policy.parameters(), strict=True))

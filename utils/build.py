@@ -24,6 +24,7 @@ from utils.run import Run
 from utils.run_files import METRICS_FILE, save_run_info
 from utils.run_log import RunLog
 from utils.seeding import seed_everything
+from utils.trial import try_longest_microbatch
 
 CONFIG_FILE = "config.yaml"
 
@@ -52,6 +53,9 @@ def build_run(config: Config, resume: bool, allow_changes: bool, stop: StopReque
     policy = load_policy(model_path, t)
     optimizer = build_optimizer(policy, t)
     engine = build_engine(config, policy, tokenizer, longest_prompt=longest_prompt)
+    if t.try_longest_microbatch and t.device.startswith("cuda"):  # on the CPU the system ends a process without a word
+        engine.sleep()  # as it will while the policy trains; the first push wakes it
+        try_longest_microbatch(policy, t, longest_prompt)
     stop.install()  # vLLM and others may have put handlers of their own in place
 
     checkpoints, guard, advisor = (

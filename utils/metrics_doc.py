@@ -37,7 +37,6 @@ METRICS: dict[str, str] = {
     "train/sampler_kl": "KL(sampler || trainer) over response tokens, nats, by the estimator r - 1 - log r",
     "train/sampler_max_diff": "largest absolute difference between sampler and trainer log-probs, nats",
     "train/frac_weights_moved": "share of the weights that the step changed",
-    "train/learning_rate": "the learning rate of the step",
     "train/rollout_dt": "seconds to generate the rollouts",
     "train/grading_dt": "seconds to score them",
     "train/train_dt": "seconds in all inner steps",
@@ -50,12 +49,16 @@ METRICS: dict[str, str] = {
     "train/grader_crashes": "answers whose grading killed its worker process: graded wrong",
     "train/grader_timeouts": "answers whose grading ran over `grader.time_limit`: graded wrong",
     "train/step_dt": "seconds in the step, evaluation left out",
-    "train/tokens_per_second": "response tokens sampled and trained on, by `train/step_dt`",
+    "train/tokens_per_second": "response tokens sampled, a second of `train/step_dt`",
     "train/peak_memory_gb": "peak memory in the step, GB: on the GPU, or of this process where it trains on the CPU",
     "train/rollout_peak_memory_gb": "the same while generating",
     "train/grading_peak_memory_gb": "the same while scoring",
     "train/train_peak_memory_gb": "the same in the inner steps",
     "train/push_peak_memory_gb": "the same while pushing weights",
+    "train/push_gb": "weights that were put into the vLLM engine, GB",
+    "train/sleep_freed_gb": "GPU memory that the vLLM engine gave back as it went to sleep, GB",
+    "train/check_mean_diff": "mean absolute difference of vLLM's and trainer's log-probs where they are compared, nats",
+    "train/check_max_diff": "largest such difference, nats",
 }
 
 
@@ -68,5 +71,5 @@ def check_metric_names(names: Iterable[str], prefix: str) -> None:
 
 def metrics_table() -> str:
     """The table of the README, Markdown."""
-    rows = [f"| `{name}` | {meaning} |" for name, meaning in {**METRICS, **AXES}.items()]
+    rows = [f"| `{name}` | {meaning.replace('|', chr(92) + '|')} |" for name, meaning in {**METRICS, **AXES}.items()]
     return "\n".join(["| metric | meaning |", "|---|---|", *rows])

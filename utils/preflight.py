@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 from configs.defaults import Config
 from utils.config import ConfigError, to_dict, to_yaml_value
+from utils.memory import estimate_peak_memory
 
 # One of these is there wherever the NVIDIA driver is; asking torch would take seconds to import it. dxg is WSL's.
 GPU_FILES = ("/dev/nvidiactl", "/dev/nvidia0", "/proc/driver/nvidia/version", "/dev/dxg")
+
+ASSUMED_GPU = 24 * 10**9  # bytes, where there is no card to ask
+ASSUMED_PROMPT = 512  # tokens, where training.max_prompt_tokens does not say
+REMEDY = (
+    ": lower vllm.gpu_memory_utilization, take smaller microbatches (more gradient_accumulation_steps or fewer "
+    "max_tokens_per_microbatch), set use_gradient_checkpointing and use_bnb_adamw8bit, or lower max_tokens"
+)
 
 
 def describe_run(config: Config) -> str:
@@ -24,6 +33,9 @@ def describe_run(config: Config) -> str:
             "",
             "# what follows",
             *(f"  {name}: {value}" for name, value in consequences(config)),
+            "",
+            "# peak memory, estimated",
+            *(f"  {line}" for line in memory_lines(config)),
             "",
             "# files",
             *(f"  {line}" for line in _files(config)),
@@ -104,10 +116,55 @@ def is_local(model_path: str) -> bool:
     return model_path.startswith((".", "/", "~")) or model_path.count("/") > 1 or Path(model_path).exists()
 
 
-def model_config(config: Config) -> dict | None:
-    """The model's config.json, or None where it is not on this machine."""
-    file = Path(config.paths.model_path) / "config.json"
+def model_config(model_path: str) -> dict | None:
+    """The model's config.json, from its folder or from what the hub's client has kept; None where neither has it."""
+    file = Path(model_path) / "config.json"
+    if not is_local(model_path):
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(model_path, "config.json")
+        file = Path(cached) if isinstance(cached, str) else file
     return json.loads(file.read_text()) if file.is_file() else None
+
+
+def memory_lines(config: Config) -> Iterator[str]:
+    """The estimate by part, and whether the GPU has it. Nothing is loaded but the model's config.json."""
+    try:
+        parts = estimated_memory(config)
+    except ValueError as error:
+        yield f"unknown: {error}"
+        return
+    for name, size in parts.items():
+        yield f"{name.replace('_', ' '):15} {size / 1e9:8.2f} GB"
+    longest_prompt = config.training.max_prompt_tokens or ASSUMED_PROMPT
+    yield f"for sequences of {longest_prompt + config.training.max_tokens:,} tokens, {longest_prompt:,} of them prompt"
+    if config.training.device.startswith("cuda"):
+        memory, peak = gpu_memory() or ASSUMED_GPU, max(parts["rollout_peak"], parts["training_peak"])
+        card = f"{memory / 1e9:.1f} GB " + ("that the GPU has" if gpu_memory() else "assumed, as there is no GPU here")
+        yield f"{'fits into' if peak <= memory else 'DOES NOT FIT into'} the {card}" + (
+            "" if peak <= memory else REMEDY
+        )
+
+
+def estimated_memory(config: Config) -> dict[str, int]:
+    """`utils.memory.estimate_peak_memory` on this machine, bytes by part. Raises ValueError where it cannot be told."""
+    t, sizes = config.training, model_config(config.paths.model_path)
+    if sizes is None:
+        raise ValueError(f"{config.paths.model_path} is not on this machine, so its config.json cannot be read")
+    on_gpu = t.device.startswith("cuda")
+    longest = t.max_tokens + (t.max_prompt_tokens or ASSUMED_PROMPT)
+    uses_vllm = t.rollout_engine == "vllm" or (t.rollout_engine == "auto" and on_gpu)
+    return estimate_peak_memory(sizes, config, longest, (gpu_memory() or ASSUMED_GPU) if on_gpu else None, uses_vllm)
+
+
+def gpu_memory() -> int | None:
+    """Bytes that the first GPU has in all, as the driver's tool says; None where there is neither."""
+    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        listed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return int(listed.splitlines()[0]) * 2**20
 
 
 def _install(package: str) -> str:

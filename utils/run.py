@@ -13,27 +13,21 @@ import torch
 
 from configs.defaults import Config
 from utils.checkpoint import Checkpoints, TrainState, capture_random_state
+from utils.closing import closing_lines
 from utils.dataset import ProblemStream
 from utils.ending import Status, StopRequest, TimeLimit
+from utils.engines.self_check import self_check
 from utils.evaluate import evaluate, response_metrics
 from utils.grpo import zero_std_groups
 from utils.guard import Advisor, CollapseGuard, Verdict
 from utils.memory import MemoryTracker
 from utils.plotting import reward_curve
+from utils.preflight import estimated_memory
 from utils.records import Prompt, Reward, Rollout, RolloutEngine
 from utils.rewards import RewardScorer
-from utils.run_files import METRICS_FILE, ROLLOUTS_FILE
 from utils.run_log import RunLog
 from utils.seeding import derive_seed
 from utils.update import UpdateResult
-
-WHAT_A_RUN_LEAVES = {
-    "metrics": METRICS_FILE,
-    "rollouts": ROLLOUTS_FILE,
-    "checkpoint": "checkpoints/last",
-    "best checkpoint": "checkpoints/best",
-    "picture": "reward_curve.png",
-}
 
 
 @dataclass
@@ -60,6 +54,7 @@ class Run:
     limit: TimeLimit
     state: TrainState
     verdict: Verdict | None = None
+    engine_checked: bool = False
     step_started: float = 0.0
     step_metrics: dict[str, float] = field(default_factory=dict)
 
@@ -91,13 +86,10 @@ class Run:
                 "too high a learning rate, too narrow a dtype (try training.dtype=float32), a broken checkpoint",
             ),
         }[status]
-        self.log.note(f"\n{name} after GRPO step {self.state.grpo_step}: {detail}")
         if self.state.evaluated_step is not None:
             reward_curve(output_dir)
-        for what, file in WHAT_A_RUN_LEAVES.items():
-            if (output_dir / file).exists():
-                self.log.note(f"  {what:16} {output_dir / file}")
-        self.log.note("\n".join(["what to try next:", *next_commands(output_dir, status)]))
+        self.log.note(f"\n{name} after GRPO step {self.state.grpo_step}: {detail}")
+        self.log.note("\n".join(closing_lines(output_dir, status)))
         self.log.close(name, detail)
         return status
 
@@ -118,6 +110,22 @@ class Run:
     def push_weights(self) -> None:
         """Put the policy's weights into the engine."""
         self.step_metrics |= self.engine.update_weights(self.policy)
+
+    def sleep_engine(self) -> None:
+        """Let the engine give its memory back while the policy trains."""
+        self.step_metrics |= self.engine.sleep()
+
+    def check_engine(self, rollouts: Sequence[Rollout]) -> None:
+        """After the first push and every `vllm.check_interval` steps: did the engine sample from the policy's weights?
+
+        The transformers engine samples from the policy itself, so it is not asked. Raises EngineOutOfStep.
+        """
+        interval = self.config.vllm.check_interval
+        if interval is None or self.engine.name == "transformers":
+            return
+        if not self.engine_checked or self.state.grpo_step % interval == 0:
+            self.step_metrics |= self_check(self.engine, self.policy, rollouts, self.config)
+            self.engine_checked = True
 
     def finish_step(
         self, rollouts: Sequence[Rollout], rewards: Sequence[Reward], advantages: torch.Tensor, update: UpdateResult
@@ -144,6 +152,8 @@ class Run:
         if self._is_due(t.eval_interval, step):
             self.log.rollouts("train", step, rollouts, rewards, advantages.tolist(), n=t.n_rollouts_to_log)
         self._look_for_trouble(step, metrics)
+        if self.state.grpo_step == 0 and "train/train_peak_memory_gb" in metrics:
+            self._compare_with_estimate(metrics["train/train_peak_memory_gb"])
         self.limit.record(step=seconds)
         self.state = TrainState(
             grpo_step=step,
@@ -221,6 +231,15 @@ class Run:
             self.save()
         return status
 
+    def _compare_with_estimate(self, measured_gb: float) -> None:
+        """Put the measured peak of the inner steps beside what --dry-run would have said, on a GPU."""
+        if self.config.training.device.startswith("cuda"):
+            try:
+                estimate = f"{estimated_memory(self.config)['training_peak'] / 1e9:.2f} GB"
+            except ValueError as error:
+                estimate = f"unknown ({error})"
+            self.log.note(f"peak memory while training: {measured_gb:.2f} GB, estimated {estimate}")
+
     def _how_to_resume(self) -> str:
         newest = self.checkpoints.newest()
         if newest is None:
@@ -265,17 +284,6 @@ class Run:
             [advantages[i].item() for i in rows],
             n=len(rows),
         )
-
-
-def next_commands(output_dir: Path, status: Status) -> list[str]:
-    """What people usually do after a run."""
-    commands = [
-        f"  python play-scripts/view_rollouts.py {output_dir}",
-        f"  python play-scripts/evaluate.py {output_dir}/checkpoints/last",
-        f"  python play-scripts/plot_runs.py {output_dir}",
-    ]
-    resume = f"  the same command with --resume, to go on{' with more steps' if status == Status.FINISHED else ''}"
-    return [resume, *commands] if status != Status.FINISHED else [*commands, resume]
 
 
 def skipped_in_a_row(before: int, skipped: Sequence[bool]) -> int:

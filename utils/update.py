@@ -32,7 +32,6 @@ class UpdateResult:
 class StepSums:
     """Sums over response tokens, kept on the device and read once, at the end of the GRPO step."""
 
-    device: torch.device
     sums: dict[str, Tensor] = field(default_factory=dict)
     losses: list[Tensor] = field(default_factory=list)  # one an optimizer step
     grad_norms: list[Tensor] = field(default_factory=list)
@@ -74,7 +73,7 @@ def update_policy(
     of a whole GRPO step.
     """
     device = next(policy.parameters()).device
-    result, sums = UpdateResult(metrics={}), StepSums(device)
+    result, sums = UpdateResult(metrics={}), StepSums()
     signal = batch.rewards if training.loss_type == "no_baseline" else batch.advantages
     trained = (signal != 0) if training.skip_zero_advantage else torch.ones_like(signal, dtype=torch.bool)
     old_log_probs = None
