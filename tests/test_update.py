@@ -200,6 +200,12 @@ def test_non_finite_numbers_never_reach_the_weights(policy: torch.nn.Module) -> 
         assert torch.equal(one, other)
 
 
+def test_skipped_in_a_row_by_hand() -> None:
+    assert UpdateResult({}, skipped=[True, True]).skipped_in_a_row(1) == 3
+    assert UpdateResult({}, skipped=[True, False, True]).skipped_in_a_row(5) == 1
+    assert UpdateResult({}).skipped_in_a_row(2) == 2
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_non_finite_gradient_alone_skips_the_step(policy: torch.nn.Module, value: float) -> None:
     before = [p.detach().clone() for p in policy.parameters()]

@@ -11,7 +11,7 @@ from rich.text import Text
 # metric, its name on the console, its format
 TRAIN_PARTS = (
     ("train/reward", "reward", ".3f"),
-    ("train/loss", "loss", ".4f"),
+    ("train/loss", "loss", ".3g"),
     ("train/grad_norm", "grad norm", ".3g"),
     ("train/mean_response_length", "length", ".1f"),
     ("train/frac_truncated", "truncated", ".1%"),

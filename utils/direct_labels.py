@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from matplotlib import patheffects
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.transforms import offset_copy
 
 # In points:
 HEIGHT = 9.5  # a line of text
@@ -81,18 +81,18 @@ def draw_labels(figure: Figure, axes: Axes, labels: Sequence[Label]) -> bool:
         right = max(label.x for label in column)
         placed += [(label, right, indent, moved) for label, moved in zip(column, moves, strict=True)]
     for label, right, indent, moved in placed:
-        from_end = axes.transData.transform((right, label.y)) - axes.transData.transform((label.x, label.y))
+        beside = offset_copy(axes.transData, figure, x=GAP + indent, y=moved, units="points")
         leader = {"arrowstyle": "-", "color": label.colour, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 3}
         axes.annotate(
             label.text,
             (label.x, label.y),
-            xytext=(from_end[0] / points + GAP + indent, moved),
-            textcoords="offset points",
+            xytext=(right, label.y),
+            textcoords=beside,
             va="center",
             color=label.colour,
             fontsize=8,
             annotation_clip=False,
             arrowprops=leader if abs(moved) > LEADER_FROM * HEIGHT else None,
-            path_effects=[patheffects.withStroke(linewidth=2.5, foreground="white")],
+            bbox={"boxstyle": "square,pad=0.05", "facecolor": "white", "edgecolor": "none", "alpha": 0.7},
         )
     return True

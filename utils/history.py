@@ -62,20 +62,26 @@ def load_runs(
     runs: list[Run] = []
     complaints: list[str] = []
     for source in map(str, sources):
-        if source.startswith(WANDB_PREFIX):
-            assert fetch_tracked is not None, "the caller passes what reads a tracker"
-            project = source.removeprefix(WANDB_PREFIX)
-            found, said = [run_from_tracker(project, row) for row in fetch_tracked(project)], []
-        elif Path(source).is_dir():
-            found, said = load_folder(Path(source))
-        elif Path(source).is_file():
-            found, said = load_csv(Path(source))
-        else:
-            found, said = [], [f"{source}: no such file or folder"]
+        try:
+            found, said = _load(source, fetch_tracked)
+        except (ValueError, OverflowError, csv.Error) as error:
+            found, said = [], [f"{source}: can't be read ({error})"]
         runs += found
         complaints += said
     runs, said = tell_apart(runs)
     return runs, complaints + said
+
+
+def _load(source: str, fetch_tracked: Callable[[str], list[Row]] | None) -> tuple[list[Run], list[str]]:
+    if source.startswith(WANDB_PREFIX):
+        assert fetch_tracked is not None, "the caller passes what reads a tracker"
+        project = source.removeprefix(WANDB_PREFIX)
+        return [run_from_tracker(project, row) for row in fetch_tracked(project)], []
+    if Path(source).is_dir():
+        return load_folder(Path(source))
+    if Path(source).is_file():
+        return load_csv(Path(source))
+    return [], [f"{source}: no such file or folder"]
 
 
 def load_folder(folder: Path) -> tuple[list[Run], list[str]]:
@@ -126,16 +132,22 @@ def curves_from_rows(rows: Iterable[Row]) -> dict[str, dict[int, Point]]:
     optimizer_steps = {0: 0}
     for row in rows:
         step = row.get("grpo_step", row.get("eval_step"))
-        if not isinstance(step, int):
+        if step is None:
             continue
         if row.get("optimizer_step") is not None:
             optimizer_steps[step] = row["optimizer_step"]
         for metric, value in row.items():
             known = value is not None or metric in row.get("nonfinite", ())
             if known and metric.startswith(("train/", "eval/")):
-                number = math.nan if value is None else float(value)
-                curves.setdefault(metric, {})[step] = Point(number, optimizer_steps.get(step), row.get("time"))
+                point = Point(_finite(value), optimizer_steps.get(step), row.get("time"))
+                curves.setdefault(metric, {})[int(step)] = point
     return curves
+
+
+def _finite(value: float | str | None) -> float:
+    """The number, NaN in place of infinity and None."""
+    number = math.nan if value is None else float(value)
+    return number if math.isfinite(number) else math.nan
 
 
 def load_csv(path: Path) -> tuple[list[Run], list[str]]:
@@ -143,7 +155,7 @@ def load_csv(path: Path) -> tuple[list[Run], list[str]]:
 
     Several values of a metric at one step, as a tracker writes one for each optimizer step, are averaged.
     """
-    values: dict[tuple[str, str], dict[tuple[str, int], list[Point]]] = {}
+    values: dict[tuple[str, int | None], dict[tuple[str, int], list[Point]]] = {}
     complaints = []
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
@@ -152,16 +164,16 @@ def load_csv(path: Path) -> tuple[list[Run], list[str]]:
             return [], [f"{path}: not a long CSV, no column {', '.join(missing)}"]
         for row in reader:
             try:
-                point = Point(float(row["value"]), _number(row, "optimizer_step", int), _number(row, "time", float))
+                point = Point(_finite(row["value"]), _number(row, "optimizer_step", int), _number(row, "time", float))
                 place = (row["metric"], int(float(row["step"])))
-            except (TypeError, ValueError) as error:
+                run_key = (row["run_name"], _number(row, "seed", int))
+            except (TypeError, ValueError, OverflowError) as error:
                 complaints.append(f"{path}, line {reader.line_num}: left out ({error})")
                 continue
-            run_values = values.setdefault((row["run_name"], row.get("seed") or ""), {})
-            run_values.setdefault(place, []).append(point)
+            values.setdefault(run_key, {}).setdefault(place, []).append(point)
     runs = []
     for (name, seed), places in values.items():
-        run = Run(name, str(path), str(path), int(seed) if seed else None)
+        run = Run(name, str(path), str(path), seed)
         for (metric, step), points in places.items():
             run.curves.setdefault(metric, {})[step] = points[-1]._replace(value=fmean(p.value for p in points))
         runs.append(run)
@@ -196,27 +208,28 @@ def tell_apart(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
     apart: list[Run] = []
     complaints = []
     owners: dict[str, str] = {}
+    given: set[tuple[str, str, int | None]] = set()
     for run in runs:
-        if any((run.name, run.place, run.seed) == (other.name, other.place, other.seed) for other in apart):
-            complaints.append(f"{run.place}: {run.name} was given twice, shown once")
+        name = run.name
+        if (name, run.place, run.seed) in given:
+            complaints.append(f"{run.place}: {name} was given twice, shown once")
             continue
-        original = run.name
+        given.add((name, run.place, run.seed))
         if owners.setdefault(run.name, run.origin) != run.origin:
             origin = Path(run.origin)
-            run.name = f"{origin.stem if origin.suffix else origin.parent.name}/{original}"
-        if owners.setdefault(run.name, run.origin) != run.origin or any(
-            (run.name, run.seed) == (other.name, other.seed) for other in apart
-        ):
-            run.name = f"{run.place}/{original}"
-        if run.name != original:
-            complaints.append(f"two runs are called {original}: the one in {run.place} is shown as {run.name}")
+            run.name = f"{origin.stem if origin.suffix else origin.parent.name}/{name}"
+        same = any((run.name, run.seed) == (other.name, other.seed) for other in apart)
+        if same or owners.setdefault(run.name, run.origin) != run.origin:
+            run.name = f"{run.place}/{name}"
+        if run.name != name:
+            complaints.append(f"two runs are called {name}: the one in {run.place} is shown as {run.name}")
         apart.append(run)
     return apart, complaints
 
 
 @dataclass
 class Aggregate:
-    """One metric of one setting: mean, lowest and highest over the seeds at the steps that all of them reached.
+    """One metric of one setting: mean, lowest and highest over the seeds, at the steps that all of them logged.
 
     `tails` are the curves of single seeds beyond that, where others have ended: a mean of those left would mislead.
     """

@@ -36,7 +36,7 @@ METRICS: dict[str, str] = {
     "train/clip_fraction": "share of response tokens where clipping changed the objective",
     "train/sampler_kl": "KL(sampler || trainer) over response tokens, nats, by the estimator r - 1 - log r",
     "train/sampler_max_diff": "largest absolute difference between sampler and trainer log-probs, nats",
-    "train/frac_weights_moved": "share of the weights that the step changed",
+    "train/frac_weights_moved": "share of the weights that the step changed, from up to 65,536 of each tensor",
     "train/rollout_dt": "seconds to generate the rollouts",
     "train/grading_dt": "seconds to score them",
     "train/train_dt": "seconds in all inner steps",

@@ -48,14 +48,20 @@ def looks(names: Sequence[str]) -> dict[str, Look]:
 def short_names(names: Sequence[str]) -> dict[str, str]:
     """Names without the words that all begin or end with: lr_sweep_1e-6 and lr_sweep_3e-6 are 1e-6 and 3e-6."""
     words = {name: re.split(r"(?<=[_/])", name) for name in names}
+    if len(words) < 2:
+        return {name: name for name in names}
     shortest = min(len(parts) for parts in words.values()) - 1  # a name keeps one word at least
-    same = [len(set(column)) == 1 for column in zip(*words.values(), strict=False)]
-    front = (*same, False).index(False) if len(words) > 1 else 0
-    ends = [len(set(column)) == 1 for column in zip(*(parts[::-1] for parts in words.values()), strict=False)]
-    back = (*ends, False).index(False) if len(words) > 1 else 0
-    front = min(front, shortest)
-    back = min(back, shortest - front)
+    front = _agreeing(list(words.values()), shortest)
+    back = _agreeing([parts[::-1] for parts in words.values()], shortest - front)
     return {name: "".join(parts[front : len(parts) - back]).rstrip("_/") for name, parts in words.items()}
+
+
+def _agreeing(lists: Sequence[Sequence[str]], most: int) -> int:
+    """How many first words all lists have in common, up to a limit."""
+    count = 0
+    while count < most and len({parts[count] for parts in lists}) == 1:
+        count += 1
+    return count
 
 
 def in_order(names: Iterable[str]) -> list[str]:

@@ -10,6 +10,7 @@ from statistics import fmean
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from utils.direct_labels import Label, draw_labels
 from utils.history import Aggregate, Run, aggregate, load_run, position
@@ -17,15 +18,17 @@ from utils.plot_style import STYLE, Look, in_order, looks, short_names
 
 AXES = {"grpo_step": "GRPO steps", "optimizer_step": "optimizer steps", "time": "wall-clock"}
 DEFAULT_METRICS = ("eval/reward", "train/mean_response_length", "train/entropy", "train/grad_norm")
+SMOOTHED_FROM = 8  # windows in a curve: in a shorter one the average would hide what happens
+MOST_MARKED = 60  # curves of more points have no markers
 MARKED_ENDINGS = ("collapsed",)  # a cross where the curve stops
 
 
 def smooth(values: Sequence[float], window: int) -> list[float]:
     """Centred moving average over `window` points, fewer at the ends; NaN stays NaN and enters no average."""
-    half = window // 2
+    before = window // 2
     result = []
     for i in range(len(values)):
-        near = [v for v in values[max(0, i - half) : i + half + 1] if not math.isnan(v)]
+        near = [v for v in values[max(0, i - before) : i - before + window] if not math.isnan(v)]
         result.append(math.nan if math.isnan(values[i]) else fmean(near))
     return result
 
@@ -48,23 +51,31 @@ def draw_figure(
     """
     if axis not in AXES:
         raise ValueError(f"x axis {axis!r} is none of {', '.join(AXES)}")
-    columns = {heading: runs for heading, runs in columns.items() if runs}
+    complaints = []
+    placed = {heading: [run for run in runs if _has_axis(run, axis)] for heading, runs in columns.items()}
+    for heading, runs in columns.items():
+        complaints += [f"{run.name} has no {AXES[axis]}: left out" for run in runs if run not in placed[heading]]
+    columns = {heading: runs for heading, runs in placed.items() if runs}
     logged = {metric for runs in columns.values() for run in runs for metric in run.curves}
     metrics = list(metrics) or [m for m in DEFAULT_METRICS if m in logged] or sorted(logged)
-    unknown = [f"no run has {metric}" for metric in metrics if metric not in logged]
+    complaints += [f"no run has {metric}" for metric in metrics if metric not in logged]
     metrics = [metric for metric in metrics if metric in logged]
     if not metrics:
-        raise ValueError(f"nothing to draw: {', '.join(unknown) or 'no run'}")
+        raise ValueError(f"nothing to draw: {'; '.join(complaints) or 'no run'}")
     names = {}
     for runs in columns.values():
         renamed = {run.name: (labels or {}).get(run.name, "") for run in runs}
         names |= {n: renamed[n] or short for n, short in short_names(list(renamed)).items()}
     look = looks(in_order(names[run.name] for runs in columns.values() for run in runs))
     with matplotlib.rc_context(STYLE):
-        figure, complaints = _draw(columns, metrics, names, look, axis, window, title)
+        figure, said = _draw(columns, metrics, names, look, axis, window, title)
     if not any(axes.lines for axes in figure.axes):
-        raise ValueError(f"nothing to draw: {'; '.join(unknown + complaints)}")
-    return figure, unknown + complaints
+        raise ValueError(f"nothing to draw: {'; '.join(complaints + said)}")
+    return figure, complaints + said
+
+
+def _has_axis(run: Run, axis: str) -> bool:
+    return any(position(s, p, axis) is not None for curve in run.curves.values() for s, p in curve.items())
 
 
 def _draw(
@@ -76,38 +87,46 @@ def _draw(
     window: int,
     title: str,
 ) -> tuple[Figure, list[str]]:
-    headings = list(columns)
-    side_by_side = len(headings) > 1
-    n_columns = len(headings) if side_by_side else 3 if len(metrics) in (3, 5, 6) else min(2, len(metrics))
-    n_rows = len(metrics) if side_by_side else math.ceil(len(metrics) / n_columns)
+    side_by_side = len(columns) > 1
+    n_columns = len(columns) if side_by_side else 3 if len(metrics) in (3, 5, 6) else min(2, len(metrics))
+    n_rows = math.ceil(len(metrics) * len(columns) / n_columns)
     figure = Figure(figsize=(min(5.6 * n_columns, 14), 2.7 * n_rows + 0.3))
     panels = figure.subplots(n_rows, n_columns, squeeze=False)
+    contents = [(metric, heading) for metric in metrics for heading in columns]
     complaints: list[str] = []
     ends: list[tuple[Axes, list[Label]]] = []
-    for i, metric in enumerate(metrics):
-        for j, heading in enumerate(headings):
-            axes = panels[i][j] if side_by_side else panels[i // n_columns][i % n_columns]
-            of = f" · {heading}" if side_by_side else ""
-            labels, said = draw_panel(axes, columns[heading], metric, names, look, axis=axis, window=window)
-            if labels:
-                axes.set_title(f"{metric}{of}", loc="left", fontsize=9.5, fontweight="bold")
-            else:
-                axes.set_axis_off()
-                axes.set_title(f"no {metric}{of}", loc="left", fontsize=9.5, color="#888888")
-            complaints += said
-            ends.append((axes, labels))
-        if side_by_side and metric.endswith("reward"):
-            panels[i][1].sharey(panels[i][0])
-    for axes in panels.flat[len(metrics) if not side_by_side else panels.size :]:
+    for axes, (metric, heading) in zip(panels.flat, contents, strict=False):
+        labels, said = draw_panel(axes, columns[heading], metric, names, look, axis=axis, window=window)
+        panel_title = f"{metric} · {heading}" if side_by_side else metric
+        if labels:
+            axes.set_title(panel_title, loc="left", fontsize=9.5, fontweight="bold")
+        else:
+            axes.set_axis_off()
+            axes.set_title(f"no {panel_title}", loc="left", fontsize=9.5, color="#888888")
+        complaints += said
+        ends.append((axes, labels))
+    for axes in panels.flat[len(contents) :]:
         axes.remove()
+    if side_by_side:
+        _share_reward_scales(panels, metrics)
     if title:
         figure.suptitle(title, fontsize=11)
     caption = _caption(columns, metrics, window)
-    if all([draw_labels(figure, axes, labels) for axes, labels in ends]):  # noqa: C419 (every panel gets its labels)
-        figure.supxlabel(caption, fontsize=7.5, color="#555555", x=0.01, ha="left")
-    else:
+    footer = figure.supxlabel(caption, fontsize=7.5, color="#555555", x=0.01, ha="left")
+    labelled = [draw_labels(figure, axes, labels) for axes, labels in ends]
+    if not all(labelled):
+        footer.remove()
         _draw_legend(figure, look, caption)
     return figure, list(dict.fromkeys(complaints))
+
+
+def _share_reward_scales(panels: Sequence[Sequence[Axes]], metrics: Sequence[str]) -> None:
+    """Rewards in one row of panels are read off the same scale."""
+    for row, metric in zip(panels, metrics, strict=True):
+        limits = [axes.get_ylim() for axes in row if axes.axison]
+        if metric.endswith("reward") and limits:
+            for axes in row:
+                axes.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
 
 
 def draw_panel(
@@ -133,17 +152,17 @@ def draw_panel(
         with_it = [run for run in settings[name] if run.curves.get(metric)]
         complaints += [f"{run.place}: {run.name} has no {metric}" for run in settings[name] if run not in with_it]
         data = aggregate([run.curves[metric] for run in with_it], axis)
-        if with_it and not data.n_seeds:
-            complaints.append(f"{name} has no {AXES[axis]}: not drawn over it")
-        if not data.n_seeds:
-            continue
         style = look[names[name]]
         end = _draw_setting(axes, data, names[name], style, scale, window)
+        if end is None:
+            complaints += [f"{name} has no finite {metric} to draw over {AXES[axis]}"] if with_it else []
+            continue
         labels.append(Label(names[name], *end, style.colour))
         for run in with_it:
             if run.ending in MARKED_ENDINGS:
                 _mark_end(axes, run, metric, axis, scale, style)
     axes.set_xlabel(unit)
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=axis != "time"))
     _choose_scale(axes, metric)
     axes.margins(x=0.01)
     return labels, complaints
@@ -151,26 +170,27 @@ def draw_panel(
 
 def _draw_setting(
     axes: Axes, data: Aggregate, name: str, style: Look, scale: float, window: int
-) -> tuple[float, float]:
-    """Draw mean, band and tails; returns where the curve ends."""
-    x = [v / scale for v in data.x]
-    sparse = len(x) <= 60
-    if x and window > 1:
-        axes.plot(x, data.mean, color=style.colour, linewidth=0.5, alpha=0.35)
+) -> tuple[float, float] | None:
+    """Draw mean, band and tails; returns where the curve ends, None where no value is finite."""
+    window = window if len(data.x) >= SMOOTHED_FROM * window else 1
+    x, mean = [v / scale for v in data.x], smooth(data.mean, window)
+    places = [*zip(x, mean, strict=True)]
     if x:
+        if window > 1:
+            axes.plot(x, data.mean, color=style.colour, linewidth=0.5, alpha=0.35)
         options = {"color": style.colour, "linestyle": style.dashes, "linewidth": 1.5, "label": name}
-        if sparse:
+        if len(x) <= MOST_MARKED:
             options |= {"marker": style.marker, "markersize": 4, "markevery": max(1, len(x) // 8)}
-        axes.plot(x, smooth(data.mean, window), **options)
+        axes.plot(x, mean, **options)
     if data.n_seeds > 1:
         low, high = smooth(data.low, window), smooth(data.high, window)
         axes.fill_between(x, low, high, color=style.colour, alpha=0.15, linewidth=0)
     for tail_x, tail_y in data.tails:
-        xs, ys = [v / scale for v in tail_x], smooth(tail_y, window)
-        axes.plot(xs, ys, color=style.colour, linestyle=style.dashes, linewidth=0.7, label="" if x else name)
-    whole = [*zip(x, smooth(data.mean, window), strict=True)]
-    whole += [place for tx, ty in data.tails for place in zip([v / scale for v in tx], smooth(ty, window), strict=True)]
-    return max((place for place in whole if not math.isnan(place[1])), default=(0.0, 0.0))
+        tail = [*zip([v / scale for v in tail_x], smooth(tail_y, window), strict=True)]
+        options = {"color": style.colour, "linestyle": style.dashes, "linewidth": 0.7, "label": "" if x else name}
+        axes.plot(*zip(*tail, strict=True), **options)
+        places += tail
+    return max((place for place in places if not math.isnan(place[1])), default=None)
 
 
 def _mark_end(axes: Axes, run: Run, metric: str, axis: str, scale: float, style: Look) -> None:
@@ -196,7 +216,7 @@ def _choose_scale(axes: Axes, metric: str) -> None:
     if metric.endswith("grad_norm") and values and min(values) > 0 and max(values) > 30 * min(values):
         axes.set_yscale("log")
     elif values and min(values) >= 0:
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.05 * axes.dataLim.y1 or 1)
 
 
 def _draw_legend(figure: Figure, look: dict[str, Look], caption: str) -> None:
@@ -215,7 +235,7 @@ def _caption(columns: dict[str, Sequence[Run]], metrics: Sequence[str], window: 
     if len({(run.name, run.origin) for run in runs}) < len(runs):
         parts.append("mean over seeds, band from lowest to highest; single curves where other seeds have ended")
     if window > 1 and any(metric.startswith("train/") for metric in metrics):
-        parts.append(f"train/* averaged over {window} steps, faint as logged")
+        parts.append(f"train/* of {SMOOTHED_FROM * window} points or more averaged over {window}, faint as logged")
     if any(run.ending in MARKED_ENDINGS for run in runs):
         parts.append("× stopped as collapsed")
     return "; ".join(parts)
@@ -249,7 +269,7 @@ def reward_curve(run_dir: Path) -> Path:
         ):
             if metric in curves:
                 end = _draw_setting(axes, aggregate([curves[metric]]), name, look, 1.0, 1)
-                labels.append(Label(name, *end, look.colour))
+                labels += [Label(name, *end, look.colour)] if end else []
         axes.set(xlabel=AXES["grpo_step"], ylabel="mean reward")
         _choose_scale(axes, "eval/reward")
         axes.margins(x=0.01)

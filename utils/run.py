@@ -87,7 +87,10 @@ class Run:
             ),
         }[status]
         if self.state.evaluated_step is not None:
-            reward_curve(output_dir)
+            try:
+                reward_curve(output_dir)
+            except OSError as error:
+                self.log.warn(f"the reward curve could not be drawn: {error}")
         self.log.note(f"\n{name} after GRPO step {self.state.grpo_step}: {detail}")
         self.log.note("\n".join(closing_lines(output_dir, status)))
         self.log.close(name, detail)
@@ -158,7 +161,7 @@ class Run:
         self.state = TrainState(
             grpo_step=step,
             optimizer_step=optimizer_step,
-            skipped_in_a_row=skipped_in_a_row(self.state.skipped_in_a_row, update.skipped),
+            skipped_in_a_row=update.skipped_in_a_row(self.state.skipped_in_a_row),
             problem_stream=self.problem_stream.state_dict(),
             best_reward=self.state.best_reward,
             best_step=self.state.best_step,
@@ -284,13 +287,6 @@ class Run:
             [advantages[i].item() for i in rows],
             n=len(rows),
         )
-
-
-def skipped_in_a_row(before: int, skipped: Sequence[bool]) -> int:
-    """How many optimizer steps have been skipped since the last one taken, after these more."""
-    for was_skipped in skipped:
-        before = before + 1 if was_skipped else 0
-    return before
 
 
 def peak_memory_metrics(peaks: dict[str, int]) -> dict[str, float]:

@@ -76,6 +76,7 @@ class WandbTracker:
         self._run.define_metric("train/*", step_metric="grpo_step")
         self._run.define_metric("eval_step")
         self._run.define_metric("eval/*", step_metric="eval_step")
+        self._run.define_metric("train/eval_dt", step_metric="eval_step")
 
     def log(self, row: dict[str, Any]) -> None:
         self._run.log(row)
@@ -110,23 +111,14 @@ def fetch_wandb_runs(project: str) -> list[dict[str, Any]]:
             for run in runs
         ]
     except tracker_errors() as error:
-        raise ValueError(f"wandb:{project} can't be read: {type(error).__name__}: {error}") from error
+        raise ValueError(f"{type(error).__name__}: {_first_line(error)}") from error
 
 
 def tracker_errors() -> tuple[type[Exception], ...]:
     """What wandb raises when it fails: its own errors, once it is imported, and what the libraries under it raise."""
     own = [sys.modules["wandb"].Error] if hasattr(sys.modules.get("wandb"), "Error") else []
-    return (
-        *own,
-        AssertionError,
-        AttributeError,
-        ImportError,
-        LookupError,
-        OSError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    )
+    below = [AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError]
+    return (*own, *below)
 
 
 class RunLog:
@@ -216,7 +208,7 @@ class RunLog:
         *,
         n: int,
     ) -> None:
-        """Write n of the rollouts of a split: "train", or "eval", where they are the same problems every time.
+        """Write n of the rollouts of a split: "train", "nonfinite", or "eval", which has the same problems every time.
 
         The choice depends on split, step and number alone: no generator is drawn from, and a repeat chooses alike.
         """

@@ -15,6 +15,7 @@ from utils.grpo import grpo_microbatch_train_step, length_denominators
 from utils.log_probs import response_log_probs
 from utils.records import TrainBatch
 from utils.seeding import derive_seed
+from utils.weight_movement import WeightMovement
 
 
 @dataclass
@@ -26,6 +27,12 @@ class UpdateResult:
     skipped: list[bool] = field(default_factory=list)  # an entry an optimizer step: skipped for a non-finite number?
     nonfinite_rows: list[int] = field(default_factory=list)  # rows of the batch whose log-probs or loss were non-finite
     abandoned: bool = False  # asked to stop before any optimizer step: the weights are as they were
+
+    def skipped_in_a_row(self, before: int) -> int:
+        """How many optimizer steps have been skipped since the last one taken, after `before` and these."""
+        for was_skipped in self.skipped:
+            before = before + 1 if was_skipped else 0
+        return before
 
 
 @dataclass
@@ -76,6 +83,7 @@ def update_policy(
     result, sums = UpdateResult(metrics={}), StepSums()
     signal = batch.rewards if training.loss_type == "no_baseline" else batch.advantages
     trained = (signal != 0) if training.skip_zero_advantage else torch.ones_like(signal, dtype=torch.bool)
+    movement = WeightMovement(policy)
     old_log_probs = None
     if needs_old_log_probs(training):
         old_log_probs = compute_old_log_probs(policy, batch, trained.nonzero().flatten(), training)
@@ -97,6 +105,7 @@ def update_policy(
     result.metrics = {
         "train/frac_trained_rollouts": trained.double().mean().item(),
         "train/nonfinite_steps": float(sum(result.skipped)),
+        "train/frac_weights_moved": movement.share(),
         **sums.metrics(training.max_grad_norm),
     }
     return result

@@ -1,0 +1,43 @@
+"""A table of any runs: best and last-five mean of eval/reward with its standard error over seeds, and how they ended.
+
+    python play-scripts/summarize_runs.py runs/lr_sweep
+
+A source is a run folder, a folder of run folders (`<run>/` or `<run>/seed_<n>/`), a long CSV (run_name, metric, step,
+value), or `wandb:entity/project`. What is missing or damaged is named, and the rest is shown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from rich.console import Console
+from rich.table import Table
+
+from utils.history import load_runs
+from utils.run_log import fetch_wandb_runs
+from utils.summary import HEADER, markdown_table, summarize
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sources", nargs="+", metavar="SOURCE", help="the runs")
+    parser.add_argument("--metric", default="eval/reward", help="default: eval/reward")
+    parser.add_argument("--markdown", action="store_true", help="print Markdown")
+    arguments = parser.parse_args()
+    runs, complaints = load_runs(arguments.sources, fetch_wandb_runs)
+    summaries, missing = summarize(runs, arguments.metric)
+    for complaint in complaints + missing:
+        print(complaint, file=sys.stderr)
+    if arguments.markdown:
+        print(markdown_table(summaries))
+    elif summaries:
+        table = Table(*HEADER, title=arguments.metric)
+        for summary in summaries:
+            table.add_row(*summary.cells())
+        Console(highlight=False).print(table)
+    return 0 if summaries else 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
