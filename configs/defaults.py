@@ -130,7 +130,9 @@ class Vllm:
     gpu_memory_utilization: float = option(0.2, "share of the GPU's memory that vLLM may take", above=0.0, high=1.0)
     dtype: str = option("bfloat16", "dtype that vLLM computes in", choices=["bfloat16", "float16", "float32"])
     enable_prefix_caching: bool = option(True, "reuse the KV cache of prompts with a common beginning")
-    enforce_eager: bool = option(False, "no CUDA graphs: slower, starts sooner, takes less memory")
+    enforce_eager: bool = option(
+        False, "no CUDA graphs: slower, starts sooner, takes less memory (always so on the CPU)"
+    )
     max_model_len: int | None = option(None, "longest prompt and response; null derives it from the data", low=1)
     max_num_seqs: int = option(256, "sequences generated at once", low=1)
     sleep_level: int = option(2, "1 keeps the weights in host memory while asleep, 2 drops them", choices=[1, 2])

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from configs.defaults import Config
-from utils.records import Problem, Prompt, Rollout, Sampling
+from utils.engines.transformers_engine import TransformersEngine
+from utils.records import Problem, Prompt, Rollout, RolloutEngine, Sampling
+
+LONGEST_PROMPT = 320  # tokens
+N_PROMPTS = 208
 
 
 def sampling(**changes: object) -> Sampling:
@@ -78,3 +86,43 @@ def slow_log_probs(
         assert token in nucleus
         found.append((probabilities[token] / mass).log().item())
     return found
+
+
+@contextlib.contextmanager
+def preserved_environment() -> Iterator[None]:
+    """vLLM's CPU build sets variables, LD_PRELOAD among them, that other tests' subprocesses would inherit."""
+    from utils.engines import vllm_start  # noqa: F401, sets the one variable that must stay
+
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def start(config: Config, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **rule: object) -> RolloutEngine:
+    """A vLLM engine."""
+    from utils.engines.vllm_engine import VllmEngine
+
+    return VllmEngine(config, policy, tokenizer, sampling(**rule), LONGEST_PROMPT)
+
+
+def set_sampling(engine: RolloutEngine, policy: PreTrainedModel, **rule: object) -> TransformersEngine:
+    """Both engines under one rule: changes `engine`, returns the transformers engine."""
+    other = TransformersEngine(policy, engine.reader.tokenizer, sampling(**rule), batch_size=64)
+    engine.sampling, engine.reader = other.sampling, other.reader
+    return other
+
+
+def ids_of(rollouts: list[Rollout]) -> list[tuple[int, ...]]:
+    return [rollout.response_ids for rollout in rollouts]
+
+
+def assert_same_greedy(ours: list[Rollout], theirs: list[Rollout], atol: float = 1e-4) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a.prompt, a.response_ids, a.response, a.finish_reason) == (
+            b.prompt,
+            b.response_ids,
+            b.response,
+            b.finish_reason,
+        )
+        np.testing.assert_allclose(a.sampler_log_probs, b.sampler_log_probs, atol=atol)

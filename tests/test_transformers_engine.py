@@ -1,4 +1,4 @@
-"""The transformers engine against the slow way, its sampler against numbers worked by hand, and what it leaves alone."""
+"""The transformers engine against the slow way, its sampler against numbers worked by hand, what it leaves alone."""
 
 from __future__ import annotations
 
@@ -103,7 +103,8 @@ def test_sample_tokens_never_takes_the_impossible(
     ids, log_probs = sample_tokens(masked, torch.tensor([uniform], dtype=torch.float64), 1.0, top_p)
     assert allowed[ids.item()]
     assert log_probs.item() <= 1e-6 and math.isfinite(log_probs.item())
-    mass_above = masked.softmax(-1)[masked > masked[0, ids.item()]].sum().item()
+    likelier = masked > masked[0, ids.item()] + 1e-5  # by more than float32 probabilities are rounded
+    mass_above = masked.softmax(-1)[likelier].sum().item()
     assert mass_above < top_p + 1e-5
 
 
@@ -330,6 +331,23 @@ def test_a_compiled_policy_is_sampled_eagerly(policy: PreTrainedModel, tokenizer
     assert not compiled
     policy(torch.tensor([[1, 2, 3]]))
     assert compiled
+
+
+def test_autocast_is_the_trainer_s(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """With autocast, log-probs are those of an autocast forward pass, which float32's are not; gradients still flow."""
+    engine = TransformersEngine(policy, tokenizer, sampling(max_tokens=1), 1, autocast_dtype=torch.bfloat16)
+    rollouts = engine.generate(prompts_of(tokenizer, 12), n=1, seed=0)
+
+    def log_probs(autocast: bool) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            logits = [policy(torch.tensor([r.prompt.token_ids])).logits[0, -1].float() for r in rollouts]
+        return torch.stack([row.log_softmax(-1)[r.response_ids[0]] for row, r in zip(logits, rollouts, strict=True)])
+
+    sampled = torch.tensor([rollout.sampler_log_probs[0] for rollout in rollouts])
+    torch.testing.assert_close(log_probs(autocast=True).detach(), sampled, atol=1e-4, rtol=0)
+    assert (log_probs(autocast=False) - sampled).abs().mean() > 1e-3
+    log_probs(autocast=True).sum().backward()
+    assert all(parameter.grad is not None for parameter in policy.parameters())
 
 
 def test_it_samples_from_the_weights_as_they_are(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -17,6 +17,7 @@ import torch
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 from vllm import LLM
+from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
 from utils.seeding import preserved_random_state
 
@@ -36,6 +37,8 @@ def start_vllm(config: Config, policy: PreTrainedModel, vocabulary_size: int, lo
     that no such id can be sampled. Raises ValueError where a knob can't work, RuntimeError where vLLM fails to start.
     """
     max_model_len = check_knobs(config, policy, longest_prompt)
+    if torch.distributed.is_initialized():  # the end of either engine would take the other's process group away
+        raise RuntimeError("another vLLM engine runs in this process: close it before starting one")
     knobs = config.vllm
     options: dict[str, Any] = {
         "model": config.paths.model_path,
@@ -56,6 +59,7 @@ def start_vllm(config: Config, policy: PreTrainedModel, vocabulary_size: int, lo
         with preserved_random_state(), quiet(), compilation(config.training.device):
             return LLM(**options)
     except (RuntimeError, ValueError, MemoryError) as error:  # torch's out-of-memory error is a RuntimeError
+        cleanup_dist_env_and_memory()
         raise RuntimeError(explain_failed_start(config, max_model_len, error)) from error
     finally:
         torch.set_num_threads(n_threads)  # the CUDA build sets one
@@ -154,7 +158,7 @@ def device_options(config: Config, max_model_len: int) -> dict[str, Any]:
             "kv_cache_memory_bytes": config.vllm.cpu_kv_cache_mb * MIB,
             # A prompt cut in two winds its random generator back, which generators on the CPU can't.
             "enable_chunked_prefill": False,
-            "max_num_batched_tokens": max(max_model_len, 4096),
+            "max_num_batched_tokens": max(max_model_len, config.vllm.max_num_seqs, 4096),
         }
     return {
         "gpu_memory_utilization": config.vllm.gpu_memory_utilization,
