@@ -35,7 +35,8 @@ METRICS: dict[str, str] = {
     "train/mean_ratio": "mean of policy over old probability of a token; stays near 1 on-policy",
     "train/clip_fraction": "share of response tokens where clipping changed the objective",
     "train/sampler_kl": "KL(sampler || trainer) over response tokens, nats, by the estimator r - 1 - log r",
-    "train/sampler_max_diff": "largest absolute difference between sampler and trainer log-probs, nats",
+    "train/sampler_max_diff": "largest absolute difference of sampler and trainer log-probs, nats; up to `min_tokens` "
+    "they differ by the end ids, which the sampler may not take there",
     "train/frac_weights_moved": "share of the weights that the step changed, from up to 65,536 of each tensor",
     "train/rollout_dt": "seconds to generate the rollouts",
     "train/grading_dt": "seconds to score them",
