@@ -46,6 +46,7 @@ class Training:
     attention_type: str = option(
         "sdpa", "attention kernel", choices=["sdpa", "flash_attention_2", "flash_attention_3", "eager"]
     )
+    cpu_threads: int | None = option(None, "threads that torch computes with on the CPU; null: torch decides", low=1)
     use_compile: bool = option(False, "run the policy's forward pass through torch.compile")
 
     n_grpo_steps: int = option(10, "GRPO steps: one rollout batch each", low=1)

@@ -20,7 +20,7 @@ def hub_rows(hub_name: str, config: str, split: str) -> Rows:
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise ValueError("fetching from the hub needs the package datasets: pip install datasets") from error
+        raise ValueError("the hub needs the package datasets: pip install datasets; see --raw for files") from error
     try:
         rows = load_dataset(hub_name, config, split=split)
     except OSError as error:  # no network, no such data set
@@ -29,11 +29,26 @@ def hub_rows(hub_name: str, config: str, split: str) -> Rows:
     return [(f"{hub_name}/{config}/{split}, row {i}", row) for i, row in enumerate(rows)]
 
 
-def write_split(output: Path, split: str, rows: Rows, published: int) -> None:
-    """Write one split's problems and say how many; those without an answer are left out and named.
+def write_splits(output: Path, splits: dict[str, Rows], published: dict[str, int]) -> None:
+    """Write each split's problems and say how many; those without an answer are left out and named.
 
-    Raises ValueError for a bad row, with where it comes from, and for a file that is already there.
+    Raises ValueError, before anything is written, for a bad row, with where it comes from, and for a file that is
+    already there.
     """
+    for split in splits:
+        if (output / SPLITS[split]).exists():
+            raise ValueError(f"{output / SPLITS[split]} is already there; delete it or choose another --output")
+    read = {split: read_split(split, rows) for split, rows in splits.items()}
+    output.mkdir(parents=True, exist_ok=True)
+    for split, (problems, without_answer) in read.items():
+        save_problems(output / SPLITS[split], problems)
+        print(f"wrote {output / SPLITS[split]}: {len(problems)} problems (published: {published[split]})")
+        for origin in without_answer:
+            print(f"  left out, as it has no answer: {origin}")
+
+
+def read_split(split: str, rows: Rows) -> tuple[list[Problem], list[str]]:
+    """The problems of the rows, and where the rows without an answer come from."""
     problems: list[Problem] = []
     without_answer = []
     for origin, row in rows:
@@ -47,14 +62,7 @@ def write_split(output: Path, split: str, rows: Rows, published: int) -> None:
             problems.append(problem)
     if not problems:
         raise ValueError(f"no {split} problem with an answer was found")
-    path = output / SPLITS[split]
-    if path.exists():
-        raise ValueError(f"{path} is already there; delete it or choose another --output")
-    output.mkdir(parents=True, exist_ok=True)
-    save_problems(path, problems)
-    print(f"wrote {path}: {len(problems)} problems (published: {published})")
-    for origin in without_answer:
-        print(f"  left out, as it has no answer: {origin}")
+    return problems, without_answer
 
 
 def run_command(description: str, output: str, hub_name: str, prepare: Callable[[argparse.Namespace], None]) -> int:

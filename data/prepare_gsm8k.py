@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from prepare_common import hub_rows, run_command, write_split
+from prepare_common import hub_rows, run_command, write_splits
 
 from utils.dataset import read_rows
 
@@ -20,13 +20,14 @@ PUBLISHED = {"train": 7473, "test": 1319}
 
 
 def prepare(options: argparse.Namespace) -> None:
-    for split, published in PUBLISHED.items():
+    splits = {}
+    for split in PUBLISHED:
         if options.raw is not None:
             file = options.raw / f"{split}.jsonl"
-            rows = [(f"{file}:{line_number}", row) for line_number, row in read_rows(file)]
+            splits[split] = [(f"{file}:{line_number}", row) for line_number, row in read_rows(file)]
         else:
-            rows = hub_rows(options.hub_name, "main", split)
-        write_split(options.output, split, rows, published)
+            splits[split] = hub_rows(options.hub_name, "main", split)
+    write_splits(options.output, splits, PUBLISHED)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from prepare_common import Rows, hub_rows, run_command, write_split
+from prepare_common import Rows, hub_rows, run_command, write_splits
 
 from utils.dataset import read_rows
 from utils.grader import last_box
@@ -34,12 +34,14 @@ SUBJECTS = (
 
 
 def prepare(options: argparse.Namespace) -> None:
-    for split, published in PUBLISHED.items():
+    splits = {}
+    for split in PUBLISHED:
         if options.raw is not None:
             rows = raw_rows(options.raw, split)
         else:
             rows = [row for subject in SUBJECTS for row in hub_rows(options.hub_name, subject, split)]
-        write_split(options.output, split, [(origin, with_answer(row)) for origin, row in rows], published)
+        splits[split] = [(origin, with_answer(row)) for origin, row in rows]
+    write_splits(options.output, splits, PUBLISHED)
 
 
 def raw_rows(folder: Path, split: str) -> Rows:

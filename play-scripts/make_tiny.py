@@ -112,12 +112,12 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--output", default="data/tiny", help="folder to write (data/tiny)")
     add("--seed", type=int, default=1337, help="seed of problems, demonstrations, weights and training order (1337)")
-    add("--steps", type=int, default=350, help="SFT steps of 64 demonstrations; more make a more able model (350)")
+    add("--steps", type=int, default=420, help="SFT steps of 64 demonstrations; more make a more able model (420)")
     add(
         "--save-at", type=int, nargs="+", default=[], metavar="STEP", help="also save sft_step_N/ after these SFT steps"
     )
-    add("--share-wrong", type=float, default=0.4, help="share of demonstrations with a wrong answer (0.4)")
-    add("--share-malformed", type=float, default=0.2, help="share of demonstrations with a broken format (0.2)")
+    add("--share-wrong", type=float, default=0.35, help="share of demonstrations with a wrong answer (0.35)")
+    add("--share-malformed", type=float, default=0.25, help="share of demonstrations with a broken format (0.25)")
     add("--demonstrations-each", type=int, default=8, help="demonstrations a training problem (8)")
     add("--validation-pairs", type=int, default=150, help="pairs of numbers held out, in either order (150)")
     add("--force", action="store_true", help="replace what an earlier call made")

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 
 from configs.defaults import Training
 from utils.dataset import ProblemStream, read_rows
+from utils.preflight import is_local
 from utils.run_files import METRICS_FILE, Row, encode_row
 
 if TYPE_CHECKING:
@@ -205,6 +206,8 @@ def check_options(options: argparse.Namespace, output: Path) -> None:
     """Raise ValueError for options that can't be, with what would be right."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"--output {output} already holds something; choose another folder or delete it")
+    if is_local(options.model) and not (Path(options.model) / "config.json").is_file():
+        raise ValueError(f"--model {options.model}: no config.json there; give a checkpoint folder or a hub name")
     for name in ("steps", "batch_size", "gradient_accumulation_steps", "max_tokens"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)} should be 1 or more")

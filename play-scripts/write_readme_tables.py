@@ -1,4 +1,4 @@
-"""Write the README's tables of config fields and metrics from the code; --check only says whether they are up to date."""
+"""Write the README's tables of config fields and metrics from the code; --check only says whether they fit."""
 
 from __future__ import annotations
 

@@ -19,12 +19,14 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from configs.defaults import Config
 from utils import checkpoint, tiny
 from utils.checkpoint import MAY_CHANGE, Checkpoints, TrainState, changed_fields
 from utils.config import fields, load_config, save_config
 
+disable_progress_bar()  # its lock is shared with forked processes: one killed while it holds it blocks all others
 OPTIMIZERS = {
     "fused": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, fused=True),
     "8bit": lambda parameters: bitsandbytes.optim.AdamW8bit(parameters, lr=1e-3, min_8bit_size=1),
@@ -206,7 +208,10 @@ def die_at(folder: Path, n_calls: int, report) -> None:
         (os, "unlink"), (os, "rmdir"),
     ]:  # fmt: skip
         setattr(owner, name, counted(getattr(owner, name)))
-    save_all(Checkpoints(folder, keep=1), tiny.build_tokenizer(), best_steps={1}, n_steps=3)
+    checkpoints, tokenizer = Checkpoints(folder, keep=1), tiny.build_tokenizer()
+    save_all(checkpoints, tokenizer, best_steps={1}, n_steps=3)
+    policy, optimizer = parts()
+    checkpoints.save(TrainState(grpo_step=3, evaluated_step=3), policy, tokenizer, optimizer)  # a later state
     report.send(next(counter))
 
 

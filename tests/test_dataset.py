@@ -281,10 +281,10 @@ def test_math_rows_become_prompts(shared_dir: Path, caplog: pytest.LogCaptureFix
     assert (validation[1].level, validation[1].subject) == ("Level 4", "Prealgebra")
 
     template, tokenizer = load_template(R1_ZERO), tiny.build_tokenizer()
-    prompts, n_left_out = build_prompts(validation, template, tokenizer, max_prompt_tokens=1000)
-    lengths = [len(tokenizer(template.replace("{question}", p.question)).input_ids) for p in validation]
+    prompts, n_left_out = build_prompts(validation[:500], template, tokenizer, max_prompt_tokens=1000)
+    lengths = [len(tokenizer(template.replace("{question}", p.question)).input_ids) for p in validation[:500]]
     assert n_left_out == sum(length > 1000 for length in lengths) > 0
-    assert len(prompts) == 5000 - n_left_out
+    assert len(prompts) == 500 - n_left_out
     assert all(prompt.problem.question in prompt.text for prompt in prompts)
 
 
@@ -333,4 +333,9 @@ def test_prepare_gsm8k_from_raw_files(tmp_path: Path) -> None:
     write_rows(tmp_path / "test.jsonl", {"question": "q", "answer": "#### -7"}, {"question": "q"})
     result = prepare("prepare_gsm8k.py", "--raw", tmp_path, "--output", tmp_path / "out")
     assert result.returncode == 2 and "test.jsonl:2: no `answer` among the keys ['question']" in result.stderr
+    assert not (tmp_path / "out").exists()
+    write_rows(tmp_path / "test.jsonl", {"question": "q", "answer": "#### -7"})
+    result = prepare("prepare_gsm8k.py", "--raw", tmp_path, "--output", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
     assert load_problems(tmp_path / "out" / "train.jsonl") == [Problem("q", "1080")]
+    assert load_problems(tmp_path / "out" / "validation.jsonl") == [Problem("q", "-7")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import subprocess
 import sys
@@ -131,6 +132,16 @@ def test_a_folder_that_holds_a_run_is_refused(tiny_model_dir: Path, tmp_path: Pa
     assert done.returncode == 2
     assert "already holds a run; continue it with --resume, or choose another folder" in done.stderr
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_folder_that_another_process_runs_in_is_left_alone(tiny_model_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "model").symlink_to(tiny_model_dir)
+    (tmp_path / "run").mkdir()
+    with (tmp_path / "run" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = train(tmp_path, tmp_path / "run", f"paths.train_data_file={__file__}", f"paths.val_data_file={__file__}")
+    assert done.returncode == 2
+    assert "another process is running there" in done.stderr
 
 
 @pytest.mark.parametrize(

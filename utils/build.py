@@ -21,7 +21,7 @@ from utils.preflight import check_machine
 from utils.records import Prompt
 from utils.rewards import RewardScorer
 from utils.run import Run
-from utils.run_files import METRICS_FILE, save_run_info
+from utils.run_files import METRICS_FILE, lock_run, save_run_info
 from utils.run_log import RunLog
 from utils.seeding import seed_everything
 from utils.trial import try_longest_microbatch
@@ -40,6 +40,7 @@ def build_run(config: Config, resume: bool, allow_changes: bool, stop: StopReque
         raise ConfigError(
             f"training.device = {t.device!r}: torch finds no GPU that it can use; set training.device=cpu"
         )
+    lock = lock_run(output_dir) if output_dir.exists() else None
     checkpoint = find_checkpoint(config, resume, allow_changes)
     scorer = RewardScorer(t.reward_fn, t.extra_rewards, Grader(**to_dict(config)["grader"]))
     model_path = config.paths.model_path if checkpoint is None else str(checkpoint)
@@ -58,11 +59,9 @@ def build_run(config: Config, resume: bool, allow_changes: bool, stop: StopReque
         try_longest_microbatch(policy, t, longest_prompt)
     stop.install()  # vLLM and others may have put handlers of their own in place
 
-    checkpoints, guard, advisor = (
-        Checkpoints(output_dir / "checkpoints", t.checkpoint_keep),
-        CollapseGuard(config),
-        Advisor(config),
-    )
+    lock = lock or lock_run(output_dir)
+    checkpoints = Checkpoints(output_dir / "checkpoints", t.checkpoint_keep)
+    guard, advisor = CollapseGuard(config), Advisor(config)
     state = TrainState(problem_stream=problem_stream.state_dict())
     if checkpoint is not None:
         state = checkpoints.load(checkpoint, optimizer)
@@ -89,6 +88,7 @@ def build_run(config: Config, resume: bool, allow_changes: bool, stop: StopReque
         stop=stop,
         limit=limit,
         state=state,
+        lock=lock,
     )
 
 
@@ -145,6 +145,7 @@ def open_log(config: Config, output_dir: Path, resume: bool, state: TrainState) 
         config=to_dict(config),
         tracker_id=state.tracker_id,
         resume_at=state.grpo_step if resumes_run else None,
+        evaluated_at=-1 if state.evaluated_step is None else state.evaluated_step,
     )
     save_config(config, output_dir / CONFIG_FILE)
     save_run_info(output_dir, t.seed)

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
+
+from utils.seeding import capture_random_state, restore_random_state
 
 STATE_FILE = "trainer_state.json"
 OPTIMIZER_FILE = "optimizer.pt"
@@ -42,6 +42,7 @@ MAY_CHANGE = frozenset(
         "training.track_peak_memory",
         # Hardware: the same numbers but for rounding.
         "training.device",
+        "training.cpu_threads",
         "training.attention_type",
         "training.use_compile",
         "training.use_gradient_checkpointing",
@@ -66,27 +67,6 @@ MAY_CHANGE = frozenset(
 )
 MAY_CHANGE_SECTIONS = frozenset({"guard"})  # it watches the run and changes none of its numbers
 CUTS_MICROBATCHES = frozenset({"training.gradient_accumulation_steps", "training.max_tokens_per_microbatch"})
-
-
-def capture_random_state() -> dict:
-    """The state of the global generators of Python, NumPy and torch, JSON-able."""
-    kind, keys, *rest = np.random.get_state()
-    return {
-        "python": random.getstate(),
-        "numpy": [kind, keys.tolist(), *rest],
-        "torch": torch.get_rng_state().tolist(),
-        "cuda": [state.tolist() for state in torch.cuda.get_rng_state_all()] if torch.cuda.is_initialized() else [],
-    }
-
-
-def restore_random_state(state: dict) -> None:
-    """Undo what was drawn since `capture_random_state`. GPUs that this machine lacks are left out."""
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    np.random.set_state(tuple(state["numpy"]))
-    torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
-    for device, bytes_ in enumerate(state["cuda"][: torch.cuda.device_count()]):
-        torch.cuda.set_rng_state(torch.tensor(bytes_, dtype=torch.uint8), device)
 
 
 @dataclass(frozen=True)
@@ -188,7 +168,8 @@ class Checkpoints:
             self._remove_old()
         except (OSError, SafetensorError) as error:
             self._remove_leftovers()
-            free = shutil.disk_usage(_existing(self.folder)).free
+            there = next(path for path in (self.folder, *self.folder.parents) if path.exists())
+            free = shutil.disk_usage(there).free
             self.failure = SaveFailure(state.grpo_step, str(error), needed, free)
         return self.failure
 
@@ -291,11 +272,6 @@ def _tensor_bytes(tree: Any) -> int:
                 yield from tensors(child)
 
     return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors(tree)}.values())
-
-
-def _existing(path: Path) -> Path:
-    """The path itself or the nearest folder above it that exists."""
-    return path if path.exists() else _existing(path.parent)
 
 
 def _read_json(path: Path) -> dict:

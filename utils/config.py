@@ -57,7 +57,9 @@ def load_config(config_files: Iterable[str | Path] = (), overrides: Iterable[str
 
 def save_config(config: Config, path: Path) -> None:
     """Write every field, so that `load_config([path])` gives the same config whatever the defaults become."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    unfinished = path.with_name(path.name + ".tmp")
+    unfinished.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+    unfinished.replace(path)
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from types import TracebackType
 
 from utils.grading.client import GradingClient
 from utils.grading.compare import same
-from utils.grading.guard import MAX_ANSWER_LENGTH, refusal
+from utils.grading.guard import MAX_ANSWER_LENGTH, nesting, refusal
 from utils.grading.normalize import TooDeepError, canonical
 from utils.grading.numbers import parse_number
 
@@ -23,6 +23,7 @@ Truth = str | Sequence[str]
 
 PLAIN_NUMBER = re.compile(r"-?(?:[0-9]{1,20}|[0-9]{1,3}(?:,[0-9]{3}){1,6})(?:\.[0-9]{1,8})?")
 MAX_CANONICAL_LENGTH = 2 * MAX_ANSWER_LENGTH
+MAX_NESTING = 50
 COUNTERS = ("answers", "fast", "algebra", "refused", "timeouts", "crashes")
 COUNTED_AS = {"right": "algebra", "wrong": "algebra", "refused": "refused", "timeout": "timeouts", "crash": "crashes"}
 
@@ -31,22 +32,26 @@ class NeedsAlgebraError(Exception):
     """Text and numbers do not decide."""
 
 
-class RefusedError(Exception):
-    """The guard lets this formula into no parser."""
-
-
 class _NoAlgebra:
-    """Stands in for the algebra in the calling process: it says where the algebra would be needed."""
+    """Stands in for the algebra in the calling process: it says where the algebra would be needed.
+
+    A formula that the guard lets into no parser equals nothing, and sets `refused`.
+    """
+
+    def __init__(self) -> None:
+        self.refused = False
 
     def equal(self, one: str, other: str) -> bool:
-        if refusal(one) or refusal(other):
-            raise RefusedError
-        raise NeedsAlgebraError
+        return self._ask(one, other)
 
     def proportional(self, one: tuple[str, str], other: tuple[str, str], positive: bool) -> bool:
-        if any(refusal(side) for side in (*one, *other)):
-            raise RefusedError
-        raise NeedsAlgebraError
+        return self._ask(*one, *other)
+
+    def _ask(self, *formulas: str) -> bool:
+        if not any(map(refusal, formulas)):
+            raise NeedsAlgebraError
+        self.refused = True
+        return False
 
 
 _canonical_truth = functools.lru_cache(maxsize=4096)(canonical)
@@ -54,7 +59,7 @@ _canonical_truth = functools.lru_cache(maxsize=4096)(canonical)
 
 def check_truth(truth: Truth | None) -> None:
     """Raise ValueError where a truth cannot be graded against: None, empty, or not text."""
-    members = [truth] if isinstance(truth, str) or truth is None else list(truth)
+    members = truth if isinstance(truth, list | tuple) else [truth]
     if not members or not all(isinstance(member, str) and member.strip() for member in members):
         raise ValueError(f"truth {truth!r} is empty or not text; give an answer, or leave the problem out of the data")
 
@@ -83,14 +88,17 @@ def decide_fast(prediction: str, truth: str) -> tuple[str, tuple[str, str] | Non
         return "refused", None
     if PLAIN_NUMBER.fullmatch(prediction) and PLAIN_NUMBER.fullmatch(truth):
         return ("right" if parse_number(prediction) == parse_number(truth) else "wrong"), None
+    algebra = _NoAlgebra()
     try:
         pair = canonical(prediction), _canonical_truth(truth)
-        if max(map(len, pair)) > MAX_CANONICAL_LENGTH:
+        if max(map(len, pair)) > MAX_CANONICAL_LENGTH or max(map(nesting, pair)) > MAX_NESTING:
             return "refused", None
-        return ("right" if same(*pair, _NoAlgebra()) else "wrong"), None
+        if same(*pair, algebra):
+            return "right", None
+        return ("refused" if algebra.refused else "wrong"), None
     except NeedsAlgebraError:
         return "algebra", pair
-    except (RefusedError, TooDeepError):
+    except (TooDeepError, RecursionError):
         return "refused", None
 
 

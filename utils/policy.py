@@ -13,23 +13,24 @@ def load_tokenizer(model_path: str) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer. Raises ValueError where there is none."""
     try:
         return AutoTokenizer.from_pretrained(model_path)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"paths.model_path = {model_path!r}: cannot load a tokenizer: {_first_line(error)}") from error
 
 
 def load_policy(model_path: str, training: Training) -> PreTrainedModel:
     """The checkpoint's model on `training.device`, ready to train. Raises ValueError where it cannot be loaded."""
+    if training.cpu_threads is not None:
+        torch.set_num_threads(training.cpu_threads)
     try:
         policy = AutoModelForCausalLM.from_pretrained(
             model_path, dtype=getattr(torch, training.dtype), attn_implementation=training.attention_type
         )
-    except (OSError, ImportError) as error:
+    except (OSError, ImportError, ValueError) as error:
         raise ValueError(f"paths.model_path = {model_path!r}: cannot load the model: {_first_line(error)}") from error
     disable_progress_bar()  # loading has shown its own; every save to come would show one more
     policy.to(training.device).train()
     if training.use_gradient_checkpointing:
         policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        policy.enable_input_require_grads()
     if training.use_compile:
         # in place, so that parameter names stay as they are; dynamic, since every microbatch has a length of its own
         policy.get_decoder().compile(dynamic=True)

@@ -22,7 +22,7 @@ GSM8K_ANSWER = re.compile(r"####[ \t]*(?P<marked>[^\n]*)|<answer>(?P<tagged>(?:(
 # The opening tag may stand in the prompt, so a response may begin inside the reasoning.
 SOFT_XML = re.compile(r"</(?:think|reasoning)>\s*<answer>.*?</answer>", re.DOTALL)
 STRICT_XML = re.compile(
-    r"(?:<(?P<tag>think|reasoning)>\n)?(?:(?!<answer>).)*?\n</(?(tag)(?P=tag)|(?:think|reasoning))>\n"
+    r"(?:<(?P<tag>think|reasoning)>\n)?+(?:(?!<answer>).)*?\n</(?(tag)(?P=tag)|(?:think|reasoning))>\n"
     r"<answer>\n(?:(?!</?answer>).)+\n</answer>\n?\Z",
     re.DOTALL,
 )
@@ -38,9 +38,10 @@ def r1_zero_answer(response: str, strict: bool = True) -> str | None:
     if any(response.count(tag) != 1 for tag in TAGS):
         return None
     match = THINK_THEN_ANSWER.search(response)
-    if match is None or (strict and match["gap"] != " ") or not match["answer"].strip():
+    if match is None or (strict and match["gap"] != " "):
         return None
-    return last_box(match["answer"]) or match["answer"].strip()
+    box = last_box(match["answer"])
+    return (match["answer"].strip() if box is None else box) or None
 
 
 def question_only_answer(response: str) -> str | None:

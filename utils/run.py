@@ -8,11 +8,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
+from typing import TextIO
 
 import torch
 
 from configs.defaults import Config
-from utils.checkpoint import Checkpoints, TrainState, capture_random_state
+from utils.checkpoint import Checkpoints, TrainState
 from utils.closing import closing_lines
 from utils.dataset import ProblemStream
 from utils.ending import Status, StopRequest, TimeLimit
@@ -26,7 +27,7 @@ from utils.preflight import estimated_memory
 from utils.records import Prompt, Reward, Rollout, RolloutEngine
 from utils.rewards import RewardScorer
 from utils.run_log import RunLog
-from utils.seeding import derive_seed
+from utils.seeding import capture_random_state, derive_seed
 from utils.update import UpdateResult
 
 
@@ -53,6 +54,7 @@ class Run:
     stop: StopRequest
     limit: TimeLimit
     state: TrainState
+    lock: TextIO
     verdict: Verdict | None = None
     engine_checked: bool = False
     step_started: float = 0.0
@@ -71,11 +73,13 @@ class Run:
             self.log.close("failed", f"{kind.__name__}: {error}")
         self.engine.close()
         self.scorer.grader.close()
+        self.lock.close()
 
     def end(self, status: Status) -> Status:
         """Say how the run ended, where what it made is, and what to do next; closes the log."""
         t, output_dir = self.config.training, Path(self.config.paths.output_dir)
         name, detail = {
+            Status.ERROR: ("failed", f"the last steps are on no disk: {self.checkpoints.failure}"),
             Status.FINISHED: ("finished", f"all {t.n_grpo_steps} GRPO steps are done"),
             Status.COLLAPSED: ("collapsed", f"the guard stopped the run: {self.verdict and self.verdict.reason}"),
             Status.STOPPED_BY_SIGNAL: ("interrupted", f"{self.stop.signal and self.stop.signal.name} asked to stop"),
@@ -126,8 +130,10 @@ class Run:
         interval = self.config.vllm.check_interval
         if interval is None or self.engine.name == "transformers":
             return
-        if not self.engine_checked or self.state.grpo_step % interval == 0:
-            self.step_metrics |= self_check(self.engine, self.policy, rollouts, self.config)
+        due = self.state.grpo_step % interval == 0
+        if due or not self.engine_checked:
+            differences = self_check(self.engine, self.policy, rollouts, self.config)
+            self.step_metrics |= differences if due else {}  # a resumed run's extra check is in no row
             self.engine_checked = True
 
     def finish_step(
@@ -218,11 +224,11 @@ class Run:
     def reason_to_end(self) -> Status | None:
         """How the run ends here, its last state saved; None if it goes on."""
         t = self.config.training
-        if self.state.grpo_step >= t.n_grpo_steps:
-            return Status.FINISHED
         status = None
         if self.stop.requested:
             status = Status.STOPPED_BY_SIGNAL
+        elif self.state.grpo_step >= t.n_grpo_steps:
+            status = Status.FINISHED
         elif self.verdict is not None and self.config.guard.action == "stop":
             status = Status.COLLAPSED
         elif self.state.skipped_in_a_row >= t.max_nonfinite_steps:
@@ -232,7 +238,7 @@ class Run:
             status = Status.TIME_LIMIT
         if status is not None and self.state.grpo_step > 0:
             self.save()
-        return status
+        return Status.ERROR if status is not None and self.checkpoints.failure is not None else status
 
     def _compare_with_estimate(self, measured_gb: float) -> None:
         """Put the measured peak of the inner steps beside what --dry-run would have said, on a GPU."""
@@ -261,7 +267,7 @@ class Run:
         verdict = self.guard.observe(step, metrics)
         if verdict is not None:
             self.verdict = verdict
-            self.log.warn(f"collapse at GRPO step {step}: {verdict.reason}. {verdict.evidence}")
+            self.log.warn(f"collapse at GRPO step {step}: {verdict}")
 
     def _report_nonfinite(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import importlib.metadata
 import json
 import math
@@ -13,13 +14,14 @@ import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 METRICS_FILE = "metrics.jsonl"
 ROLLOUTS_FILE = "rollouts.jsonl"
 WARNINGS_FILE = "warnings.jsonl"
 STATUS_FILE = "status.json"
 RUN_INFO_FILE = "run.json"
+LOCK_FILE = ".lock"
 
 STATUSES = ("finished", "collapsed", "interrupted", "time_limit", "failed")
 
@@ -67,14 +69,38 @@ def step_of(row: Row) -> int:
     return row["grpo_step"] if "grpo_step" in row else row["eval_step"]
 
 
-def cut_rows(path: Path, last_step: int) -> tuple[list[Row], list[str]]:
-    """Drop the rows later than a GRPO step, and broken lines. Returns the rows kept and a complaint a broken line."""
+def is_evaluation(row: Row) -> bool:
+    """Whether a row of metrics or of rollouts is an evaluation's."""
+    return "eval_step" in row or row.get("split") == "eval"
+
+
+def cut_rows(path: Path, last_step: int, last_evaluation: int | None = None) -> tuple[list[Row], list[str]]:
+    """Drop the rows of later GRPO steps, those of later evaluations (None: at the same step), and broken lines.
+
+    Returns the rows kept and a complaint a broken line.
+    """
     if not path.exists():
         return [], []
     rows, complaints = read_rows(path)
-    kept = [row for row in rows if step_of(row) <= last_step]
+    last_evaluation = last_step if last_evaluation is None else last_evaluation
+    kept = [row for row in rows if step_of(row) <= (last_evaluation if is_evaluation(row) else last_step)]
     write_atomically(path, "".join(encode_row(row) + "\n" for row in kept))
     return kept, complaints
+
+
+def lock_run(output_dir: Path) -> TextIO:
+    """Claim a run folder for this process, until the file returned is closed or the process ends.
+
+    Raises ValueError where another process has it: two would write over each other's checkpoints.
+    """
+    output_dir.mkdir(parents=True, exist_ok=True)
+    lock = (output_dir / LOCK_FILE).open("a")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.close()
+        raise ValueError(f"{output_dir}: another process is running there; wait for it, or end it") from error
+    return lock
 
 
 def save_run_info(output_dir: Path, seed: int) -> None:

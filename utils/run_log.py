@@ -140,17 +140,18 @@ class RunLog:
         config: dict[str, Any] | None = None,
         tracker_id: str | None = None,
         resume_at: int | None = None,
+        evaluated_at: int | None = None,
     ) -> None:
         """Open the files of `output_dir`, made if need be.
 
-        `resume_at=k` goes on after GRPO step k: later rows and rollouts are cut, so that each step stands once, while
-        warnings stay. `tracker_id` is the `tracker_id` of the run that is resumed. Raises ValueError where metrics
-        are there already and `resume_at` is None.
+        `resume_at=k` goes on after GRPO step k, last evaluated at step `evaluated_at` (-1: not yet; None: at k): later
+        rows and rollouts are cut, so that each stands once, while warnings stay. `tracker_id` is the `tracker_id` of
+        the run that is resumed. Raises ValueError where metrics are there already and `resume_at` is None.
         """
         self._output_dir = Path(output_dir)
         self._output_dir.mkdir(parents=True, exist_ok=True)
         self._grpo_step = resume_at or 0
-        kept, complaints = self._prepare_files(resume_at)
+        kept, complaints = self._prepare_files(resume_at, evaluated_at)
         already_run = max((row["time"] for row in kept), default=0.0)
         self._started = time.monotonic() - already_run
         self._files = {name: (self._output_dir / name).open("a") for name in (METRICS_FILE, ROLLOUTS_FILE)}
@@ -165,15 +166,15 @@ class RunLog:
                 self._warn_if_offline()
             self._started = time.monotonic() - already_run  # waiting for the tracker's server is no training time
 
-    def _prepare_files(self, resume_at: int | None) -> tuple[list[dict], list[str]]:
+    def _prepare_files(self, resume_at: int | None, evaluated_at: int | None) -> tuple[list[dict], list[str]]:
         metrics_file = self._output_dir / METRICS_FILE
         if resume_at is None and metrics_file.exists():
             raise ValueError(f"{metrics_file} is there already: resume that run, or choose another output_dir")
         if resume_at is None:
             return [], []
         (self._output_dir / STATUS_FILE).unlink(missing_ok=True)
-        kept, complaints = cut_rows(metrics_file, resume_at)
-        return kept, complaints + cut_rows(self._output_dir / ROLLOUTS_FILE, resume_at)[1]
+        kept, complaints = cut_rows(metrics_file, resume_at, evaluated_at)
+        return kept, complaints + cut_rows(self._output_dir / ROLLOUTS_FILE, resume_at, evaluated_at)[1]
 
     @property
     def tracker_id(self) -> str | None:

@@ -27,19 +27,38 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-@contextlib.contextmanager
-def preserved_random_state() -> Iterator[None]:
-    """Put the global generators back as they were: some libraries reseed them in passing."""
+def capture_random_state() -> dict:
+    """The state of the global generators of Python, NumPy and torch, JSON-able."""
     import numpy as np
     import torch
 
-    python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    kind, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": [kind, keys.tolist(), *rest],
+        "torch": torch.get_rng_state().tolist(),
+        "cuda": [state.tolist() for state in torch.cuda.get_rng_state_all()] if torch.cuda.is_initialized() else [],
+    }
+
+
+def restore_random_state(state: dict) -> None:
+    """Undo what was drawn since `capture_random_state`. GPUs that this machine lacks are left out."""
+    import numpy as np
+    import torch
+
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    np.random.set_state(tuple(state["numpy"]))
+    torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
+    for device, bytes_ in enumerate(state["cuda"][: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(torch.tensor(bytes_, dtype=torch.uint8), device)
+
+
+@contextlib.contextmanager
+def preserved_random_state() -> Iterator[None]:
+    """Put the global generators back as they were: some libraries reseed them in passing."""
+    state = capture_random_state()
     try:
         yield
     finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
-        torch.set_rng_state(torch_state)
-        if cuda_states:
-            torch.cuda.set_rng_state_all(cuda_states)
+        restore_random_state(state)

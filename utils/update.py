@@ -199,7 +199,8 @@ def train_on_microbatch(
         n_sequences=training.train_batch_size,
     )
     add_statistics(sums, microbatch, current, old, entropy, metadata)
-    return loss, ~(torch.isfinite(current) & torch.isfinite(old)).all(dim=1)
+    finite = torch.isfinite(current) & torch.isfinite(old) & torch.isfinite(microbatch.sampler_log_probs)
+    return loss, ~finite.all(dim=1)
 
 
 def add_statistics(
@@ -234,7 +235,10 @@ def take_optimizer_step(
             # nothing was trained on: Adam's momentum moves the weights all the same, as with a gradient of 0
             parameter.grad = torch.zeros_like(parameter)
     grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm)
-    finite = bool(torch.isfinite(loss) & torch.isfinite(grad_norm))  # the one wait for the device an optimizer step
+    finite = torch.isfinite(loss) & torch.isfinite(grad_norm)
+    for _, bad in nonfinite:
+        finite = finite & ~bad.any()
+    finite = bool(finite)  # the one wait for the device an optimizer step
     if finite:
         optimizer.step()
         result.n_optimizer_steps += 1

@@ -10,11 +10,13 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
+import operator
 from collections.abc import Callable
 from fractions import Fraction
 
 import mpmath
 import sympy
+from antlr4 import Token
 from latex2sympy2_extended.latex2sympy2 import ConversionConfig, _Latex2Sympy
 from sympy.core.function import AppliedUndef
 
@@ -28,6 +30,7 @@ TOLERANCE = mpmath.mpf(10) ** -40
 MAX_EXACT_BITS = 20_000
 MAX_EXPONENT = 10**6
 MAX_FACTORIAL = 1_000
+MAX_ARGUMENT = 10**9  # of functions other than the logarithm
 POINTS = 3
 
 
@@ -40,6 +43,14 @@ class _Parser(_Latex2Sympy):
 
     def __init__(self) -> None:
         super().__init__(is_real=None, convert_degrees=False, config=ConversionConfig(lowercase_symbols=False))
+
+    def parse(self, latex_str: str) -> sympy.Expr:
+        """Read one expression and nothing else: the grammar's rules for sets and relations are slow, and not needed."""
+        parser = self.create_parser(latex_str)
+        tree = parser.expr()
+        if parser.getCurrentToken().type != Token.EOF:
+            raise UnsupportedError("more than one expression")
+        return self.convert_expr(tree)
 
     def parse_number(self, text: str) -> sympy.Rational:
         value = parse_number(text)
@@ -85,9 +96,18 @@ def _mp(value: Number) -> mpmath.mpf | mpmath.mpc:
     return mpmath.mpf(value.numerator) / value.denominator if isinstance(value, Fraction) else value
 
 
+def _finite(value: Number) -> Number:
+    """The value, unless it is infinite or no number, which every comparison with a tolerance would let through."""
+    if not isinstance(value, Fraction) and not mpmath.isfinite(value):
+        raise UnsupportedError("infinite")
+    return value
+
+
 def _power(base: Number, exponent: Number) -> Number:
+    if abs(exponent) > MAX_EXPONENT:
+        raise UnsupportedError("exponent")
     if isinstance(exponent, Fraction):
-        if abs(exponent) > MAX_EXPONENT or exponent.denominator > MAX_EXPONENT:
+        if exponent.denominator > MAX_EXPONENT:
             raise UnsupportedError("exponent")
         if isinstance(base, Fraction):
             if exponent.denominator == 1:
@@ -102,10 +122,7 @@ def _power(base: Number, exponent: Number) -> Number:
                 return (-1) ** exponent.numerator * _power(-base, exponent)
     if base == 0 and not (isinstance(exponent, Fraction) and exponent > 0):
         raise UnsupportedError("power of zero")
-    result = mpmath.power(_mp(base), _mp(exponent))
-    if not mpmath.isfinite(result):
-        raise UnsupportedError("infinite")
-    return result
+    return _finite(mpmath.power(_mp(base), _mp(exponent)))
 
 
 def _factorial(value: Number) -> Number:
@@ -113,7 +130,7 @@ def _factorial(value: Number) -> Number:
         return Fraction(math.factorial(int(value)))
     if abs(value) > MAX_FACTORIAL:
         raise UnsupportedError("factorial")
-    return mpmath.gamma(_mp(value) + 1)
+    return _finite(mpmath.gamma(_mp(value) + 1))
 
 
 def _binomial(top: Number, bottom: Number) -> Number:
@@ -122,7 +139,7 @@ def _binomial(top: Number, bottom: Number) -> Number:
         return _factorial(top) / (_factorial(bottom) * _factorial(top - bottom))
     if max(abs(top), abs(bottom)) > MAX_FACTORIAL:
         raise UnsupportedError("binomial")
-    return mpmath.binomial(_mp(top), _mp(bottom))
+    return _finite(mpmath.binomial(_mp(top), _mp(bottom)))
 
 
 def _floor(value: Number) -> Number:
@@ -130,7 +147,12 @@ def _floor(value: Number) -> Number:
 
 
 def _by_mpmath(name: str) -> Callable[..., Number]:
-    return lambda *values: getattr(mpmath, name)(*map(_mp, values))
+    def function(*values: Number) -> Number:
+        if name != "log" and any(abs(value) > MAX_ARGUMENT for value in values):
+            raise UnsupportedError("argument")
+        return _finite(getattr(mpmath, name)(*map(_mp, values)))
+
+    return function
 
 
 TRANSCENDENTAL = ["sin", "cos", "tan", "sec", "csc", "cot", "asin", "acos", "atan", "asec", "acsc", "acot"]
@@ -154,9 +176,9 @@ def evaluate(tree: sympy.Basic, trial: int) -> Number:
         return _point(str(tree), trial)
     values = [evaluate(argument, trial) for argument in tree.args]
     if isinstance(tree, sympy.Add):
-        return _combine(values, lambda a, b: a + b)
+        return _combine(values, operator.add)
     if isinstance(tree, sympy.Mul):
-        return _combine(values, lambda a, b: a * b)
+        return _combine(values, operator.mul)
     if isinstance(tree, sympy.Pow):
         return _power(*values)
     if isinstance(tree, AppliedUndef):  # f(2): any function will do, so long as it tells its arguments apart
@@ -177,7 +199,7 @@ def _combine(values: list[Number], operation: Callable[[Number, Number], Number]
         and result.denominator.bit_length() + result.numerator.bit_length() > MAX_EXACT_BITS
     ):
         raise UnsupportedError("size")
-    return result
+    return _finite(result)
 
 
 def _close(one: Number, other: Number) -> bool:
@@ -187,7 +209,8 @@ def _close(one: Number, other: Number) -> bool:
     return abs(one - other) <= TOLERANCE * max(1, abs(one), abs(other))
 
 
-def _values(formula: str, trial: int) -> Number:
+@functools.lru_cache(maxsize=1024)
+def _value(formula: str, trial: int) -> Number:
     try:
         return evaluate(parse(formula), trial)
     except (ZeroDivisionError, OverflowError, TypeError, ValueError) as error:
@@ -199,36 +222,52 @@ def _names(formula: str) -> set[str]:
 
 
 def _approximates(decimal: str, value: Number) -> bool:
-    if isinstance(value, mpmath.mpc) and value.imag:
+    if "." not in decimal or (isinstance(value, mpmath.mpc) and value.imag):
         return False
     return approximates(decimal, Fraction(mpmath.nstr(mpmath.re(_mp(value)), DIGITS - 10)))
 
 
 class PointAlgebra:
-    """Compares formulas by their values at a few points. Raises UnsupportedError where one of them has none."""
+    """Compares formulas by their values at a few points. One without a value equals nothing, and sets `refused`."""
+
+    def __init__(self) -> None:
+        self.refused = False
 
     def equal(self, one: str, other: str) -> bool:
         with mpmath.workdps(DIGITS):
-            names = _names(one) | _names(other)
-            first = _values(one, 0), _values(other, 0)
-            if not names:
-                return _close(*first) or _approximates(one, first[1]) or _approximates(other, first[0])
-            if _names(one) != _names(other):
+            try:
+                return _equal(one, other)
+            except UnsupportedError:
+                self.refused = True
                 return False
-            return _close(*first) and all(
-                _close(_values(one, trial), _values(other, trial)) for trial in range(1, POINTS)
-            )
 
     def proportional(self, one: tuple[str, str], other: tuple[str, str], positive: bool) -> bool:
         with mpmath.workdps(DIGITS):
-            if set.union(*map(_names, one)) != set.union(*map(_names, other)):
+            try:
+                return _proportional(one, other, positive)
+            except UnsupportedError:
+                self.refused = True
                 return False
-            ratios = []
-            for trial in range(POINTS):
-                left, right = [_mp(_values(sides[0], trial)) - _mp(_values(sides[1], trial)) for sides in (one, other)]
-                if abs(left) < TOLERANCE or abs(right) < TOLERANCE:
-                    return False
-                ratios.append(left / right)
-            if positive and not (mpmath.im(ratios[0]) == 0 and mpmath.re(ratios[0]) > 0):
-                return False
-            return all(_close(ratio, ratios[0]) for ratio in ratios[1:])
+
+
+def _equal(one: str, other: str) -> bool:
+    value, other_value = _value(one, 0), _value(other, 0)
+    if _close(value, other_value):
+        return all(_close(_value(one, trial), _value(other, trial)) for trial in range(1, POINTS))
+    if _names(one) or _names(other):
+        return False
+    return _approximates(one, other_value) or _approximates(other, value)
+
+
+def _proportional(one: tuple[str, str], other: tuple[str, str], positive: bool) -> bool:
+    if set.union(*map(_names, one)) != set.union(*map(_names, other)):
+        return False
+    ratios = []
+    for trial in range(POINTS):
+        left, right = [_mp(_combine([_value(a, trial), -_value(b, trial)], operator.add)) for a, b in (one, other)]
+        if abs(left) < TOLERANCE or abs(right) < TOLERANCE:
+            return False
+        ratios.append(left / right)
+    if positive and not (mpmath.im(ratios[0]) == 0 and mpmath.re(ratios[0]) > 0):
+        return False
+    return all(_close(ratio, ratios[0]) for ratio in ratios[1:])

@@ -14,6 +14,7 @@ READY = "ready"
 CRASH = "crash"
 START_LIMIT = 120.0  # seconds; a loaded machine may take many to import sympy
 SILENCE_MARGIN = 10.0  # seconds past the time limit after which a silent server counts as dead
+END_LIMIT = 2.0  # seconds for the server to end by itself
 WINDOW_BYTES = 48_000  # sent and not yet answered: less than a pipe holds, so that writing never blocks
 MAX_ATTEMPTS = 2
 
@@ -106,5 +107,8 @@ class GradingClient:
         process.stdin.close()
         process.stdout.close()
         if self.owner == os.getpid():
-            process.kill()  # its workers end with their pipes, or by their own timers
-            process.wait()
+            try:
+                process.wait(END_LIMIT)  # it ends its workers when the pipe closes
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()

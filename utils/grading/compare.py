@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from fractions import Fraction
 from typing import Protocol
 
 from utils.grading.guard import MAX_LIST_ITEMS, MAX_MATRIX_CELLS
@@ -39,7 +40,8 @@ IN_BASE = re.compile(r"-?[0-9][0-9A-Za-z.]*_\{[^{}]*\}|-?[0-9A-F.]+_\{[0-9]+\}")
 MATRIX = re.compile(
     r"\\begin ?\{(?P<kind>[a-zA-Z]*matrix|array)\} ?(?:\{[^{}]*\})?(?P<body>.*)\\end ?\{(?P=kind)\}", re.S
 )
-WORDS = re.compile(r"[A-Za-z][A-Za-z0-9 '.-]*")
+UNORDERED = ("list", "braces", "set", "union")
+WORDS = re.compile(r"(?!.*\b(?:and|or)\b)[A-Za-z][A-Za-z0-9 '.-]*")
 
 
 def same(prediction: str, truth: str, algebra: Algebra) -> bool:
@@ -70,11 +72,16 @@ def _same_text(prediction: str, truth: str) -> bool:
 def _same_numbers(prediction: str, truth: str) -> bool | None:
     """Whether two numbers are equal, units and all; None where one of them is no number."""
     (value, unit), (true_value, true_unit) = split_unit(prediction), split_unit(truth)
-    one, other = parse_number(value), parse_number(true_value)
+    one, other = _number(value), _number(true_value)
     if one is None or other is None:
         return None
     equal = one == other or approximates(value, other) or approximates(true_value, one)
     return equal and units_agree(unit, true_unit)
+
+
+def _number(text: str) -> Fraction | None:
+    number = parse_number(text)
+    return number if number is not None else parse_number_words(TEXT.sub(r" \1 ", text))
 
 
 def _words(text: str) -> str | None:
@@ -94,19 +101,21 @@ def _surely_words(text: str) -> bool:
 
 
 def _same_words(prediction: str, truth: str) -> bool | None:
-    """Whether two answers in words are equal, or a word and the number that it means; None where no words decide."""
+    """Whether two answers in words are equal; None where no words decide."""
     one, other = _words(prediction), _words(truth)
     if (one is None or not _surely_words(prediction)) and (other is None or not _surely_words(truth)):
         return None
     if one is not None and other is not None:
         return one == other
-    value, expression = (other, prediction) if one is None else (one, truth)
-    number = parse_number_words(value)
-    return number is not None and number == parse_number(split_unit(expression)[0])
+    return False
 
 
 class _Collection:
-    """An answer of several members. `kind` is "list", "set", "union", an ordered one's brackets, or "" for none."""
+    """An answer of several members.
+
+    `kind` is "list" (bare), "braces" (bare, in braces that LaTeX does not print), "set", "union", the brackets of an
+    ordered one, such as "()" or "[)", or "" for an answer that is no collection.
+    """
 
     def __init__(self, text: str):
         self.kind, self.members = "", [text]
@@ -116,57 +125,48 @@ class _Collection:
             self.kind, self.members = "list", _pair_up(text, parts)
         elif "\\cup" in text and len(union := split_top(text, {"\\cup"})[0]) > 1:
             self.kind, self.members = "union", union
-        elif around and around[0] == "\\{":
-            self.kind, self.members = "set", split_top(around[1], LIST_SEPARATORS)[0]
-        elif around and around[0] == "{":
-            self.kind, self.members = "list", split_top(around[1], LIST_SEPARATORS)[0]
+        elif around and around[0] in ("\\{", "{"):
+            self.kind = "set" if around[0] == "\\{" else "braces"
+            self.members = split_top(around[1], LIST_SEPARATORS)[0]
         elif around and len(members := split_top(around[1], {",", ";"})[0]) > 1:
             self.kind, self.members = around[0] + around[2], members
         self.members = [member for member in self.members if member]
-        if self.kind in ("", "list", "set"):
+        if self.kind in ("", *UNORDERED) and any("\\pm" in member for member in self.members):
+            self.kind = self.kind or "list"
             self.members = [signed for member in self.members for signed in _both_signs(member)]
-            if len(self.members) > 1 and not self.kind:
-                self.kind = "list"
-            elif len(self.members) == 1 and self.members[0] != text:
-                self.kind = self.kind or "list"
-
-        if all(enclosed(member) for member in self.members):
+        if all(map(enclosed, self.members)):
             self.members = list({squash(member): member for member in self.members}.values())  # a solution given twice
 
     def equals(self, other: _Collection, algebra: Algebra) -> bool:
+        if not self.members or not other.members:
+            return False
         if len(self.members) == 1 and len(other.members) == 1:
-            return self._alone() and other._alone() and same(self.members[0], other.members[0], algebra)
+            unordered = all(kind in ("", *UNORDERED) for kind in (self.kind, other.kind))
+            return unordered and same(self.members[0], other.members[0], algebra)
         if not self.kind:
             return other._versus_single(self.members[0], algebra)
         if not other.kind:
             return self._versus_single(other.members[0], algebra)
         if len(self.members) != len(other.members) or len(self.members) > MAX_LIST_ITEMS:
             return False
-        unordered = {"list", "set", "union"}
-        if self.kind in unordered and other.kind in unordered:
-            if (
-                "union" in (self.kind, other.kind)
-                and self.kind != other.kind
-                and not (self._relations() or other._relations())
-            ):
+        if self.kind in UNORDERED and other.kind in UNORDERED:
+            if (self.kind == "union") != (other.kind == "union") and not (self._relations() or other._relations()):
                 return False
-            if self._named() != other._named():
-                return _same_in_order(self.members, other.members, algebra)
-            return _same_in_any_order(self.members, other.members, algebra)
-        if self.kind != other.kind and {self.kind, other.kind} != {"()", "list"}:
-            return False
-        return _same_in_order(self.members, other.members, algebra)
+            compare = _same_in_any_order if self._named() == other._named() else _same_in_order
+            return compare(self.members, other.members, algebra)
+        return self._ordered_like(other) and _same_in_order(self.members, other.members, algebra)
 
-    def _alone(self) -> bool:
-        return self.kind in ("", "list", "set")
+    def _ordered_like(self, other: _Collection) -> bool:
+        """Whether both have the same brackets, or one of them is a tuple and the other `{1,3}` or `x=1, y=3`."""
+        bare = [collection for collection in (self, other) if collection.kind != "()"]
+        return self.kind == other.kind or (len(bare) == 1 and (bare[0].kind == "braces" or bare[0]._named()))
 
     def _relations(self) -> bool:
         return all(split_top(member, set(FLIPPED))[1] for member in self.members)
 
     def _named(self) -> bool:
         """Whether the members belong to different names, so that their order counts where names are left out."""
-        names = {name for member in self.members for name in [named_value(member)[0]] if name}
-        return len(names) > 1
+        return len({named_value(member)[0] for member in self.members} - {""}) > 1
 
     def _versus_single(self, single: str, algebra: Algebra) -> bool:
         """Against an answer that is no collection itself: `(x,y) = (1,2)`, `x \\in [1,2]`, `1 < x < 2`."""
@@ -284,7 +284,7 @@ def _same_formula(prediction: str, truth: str, algebra: Algebra) -> bool:
     if not units_agree(unit, true_unit):
         return False
     if unit or true_unit:
-        return same(value, true_value, algebra)
-    if IN_BASE.fullmatch(squash(value)) or IN_BASE.fullmatch(squash(true_value)):
-        return False  # `204_5` is a spelling as much as a value, and its text differs
+        return not (split_unit(value)[1] or split_unit(true_value)[1]) and same(value, true_value, algebra)
+    if any(IN_BASE.fullmatch(squash(side)) or "\\infty" in side for side in (value, true_value)):
+        return False  # the text differs, and neither infinity nor a spelling such as `204_5` has a value to compare
     return algebra.equal(value, true_value)

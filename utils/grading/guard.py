@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 
 MAX_ANSWER_LENGTH = 2_000  # characters; a longer prediction can only match letter for letter
-MAX_FORMULA_LENGTH = 400  # of one formula inside it
-MAX_DEPTH = 20  # of brackets
+MAX_FORMULA_LENGTH = 300  # of one formula inside it
+MAX_DEPTH = 10  # of brackets; the grammar takes exponential time in it
+MAX_BARS = 6  # of absolute values, likewise
 MAX_NUMBER_DIGITS = 60
 MAX_EXPONENT_DIGITS = 4
 MAX_FACTORIAL_DIGITS = 3
@@ -40,10 +41,14 @@ def refusal(formula: str) -> str | None:
     plain = MACRO.sub(" ", formula)
     if not ALLOWED_CHARACTERS.fullmatch(plain):
         return "character"
+    if re.search(r"(?<![a-zA-Z'])'", plain):
+        return "prime"
     if any(len(digits) > MAX_NUMBER_DIGITS for digits in re.findall(r"[0-9]+", plain)):
         return "digits"
-    if _depth(plain) > MAX_DEPTH:
+    if nesting(plain) > MAX_DEPTH:
         return "depth"
+    if plain.count("|") > MAX_BARS:
+        return "bars"
     if "!!" in plain or re.search(rf"[0-9]{{{MAX_FACTORIAL_DIGITS + 1},}} ?!|[)}}] ?!", plain):
         return "factorial"
     if re.search(r"\} ?\^", plain) and re.search(r"\^ ?\{[^{}]*\} ?\^", plain):
@@ -53,18 +58,16 @@ def refusal(formula: str) -> str | None:
     return None
 
 
-def _depth(text: str) -> int:
-    """How deep the brackets nest; out of reach where one is closed that was not opened, or left open."""
+def nesting(text: str) -> int:
+    """How deep brackets of any kind nest, matched or not."""
     depth = deepest = 0
     for char in text:
         if char in "({[":
             depth += 1
+            deepest = max(deepest, depth)
         elif char in ")}]":
             depth -= 1
-            if depth < 0:
-                return MAX_DEPTH + 1
-        deepest = max(deepest, depth)
-    return deepest if depth == 0 else MAX_DEPTH + 1
+    return deepest
 
 
 def _too_high(exponent: str) -> bool:

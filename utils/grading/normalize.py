@@ -44,6 +44,8 @@ def _symbol_table() -> dict[int, str]:
 SYMBOLS = _symbol_table()
 RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n")
 LOWERED = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
+DEGREE = r"\^\s*\{?\s*\\(?:circ|degree)(?![a-zA-Z])\s*\}?|\\degree(?![a-zA-Z])"
+ANGLE_FUNCTIONS = "sin|cos|tan|sec|csc|cot"
 FUNCTIONS = "arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|sec|csc|cot|log|ln|exp|gcd|lcm|max|min|det"
 
 
@@ -63,12 +65,15 @@ REWRITES = _rules(
     (r"\\!", ""),
     (r"(?<!\\)\\[,;:> ]|~|\\(?:quad|qquad|enspace|thinspace|medspace)(?![a-zA-Z])", " "),
     (r"\\(?:mbox|hbox|textbf|textit|textrm|textsf|texttt|textnormal|textup|emph|text)\s*\{", r"\\text{"),
+    (r"\\(?:bf|it|rm|sf|em|cal)(?![a-zA-Z])", ""),
     (r"\\(?:mathbf|boldsymbol|bm|mathit|mathsf|mathcal|mathnormal)\s*(?=\{)", ""),
     (rf"\\(?:operatorname\*?|mathrm|rm)\s*\{{\s*({FUNCTIONS})\s*\}}", r"\\\1 "),
     (r"\\(?:mathrm|mathop)\s*\{\s*([a-zA-Z0-9])\s*\}", r"\1"),
     (r"\\(?:mathrm|operatorname\*?)\s*\{", r"\\text{"),
     (r"\\text\{\s*([0-9]+)\s*\}", r"\1"),
-    (r"\^\s*\{?\s*\\(?:circ|degree)(?![a-zA-Z])\s*\}?|\\degree(?![a-zA-Z])", r"\\text{degrees}"),
+    (rf"\\({ANGLE_FUNCTIONS})\s*[{{(]?\s*([0-9.]+)\s*{DEGREE}\s*[)}}]?", r"\\\1(\2\\pi /180)"),
+    (rf"\\({ANGLE_FUNCTIONS})\s*[({{]?\s*([0-9.]+)\s*(?:{DEGREE})\s*[)}}]?", r"\\\1(\2\\pi /180)"),
+    (DEGREE, r"\\text{degrees}"),
     (r"\\?%", r"\\text{percent}"),
     (r"\\(?:cdot|times|ast|bullet)(?![a-zA-Z])|(?<!\*)\*(?!\*)", r"\\cdot "),
     (r"\*\*", "^"),
@@ -88,6 +93,7 @@ REWRITES = _rules(
     (r"\\(?:varnothing|emptyset)(?![a-zA-Z])|\\\{\s*\\\}", r"\\emptyset "),
     (r"\\(?:dots|cdots|dotsc|ldots)(?![a-zA-Z])|\.\.\.", r"\\ldots "),
     (r"\\(?:mathbb|Bbb)\s*\{?\s*R\s*\}?|\\R(?![a-zA-Z])", r"(-\\infty ,\\infty )"),
+    (r"\\text\{\s*all real(?:s| numbers)\s*\}|all real(?:s| numbers)", r"(-\\infty ,\\infty )"),
     (r"\\(?:overline|triangle|angle|overrightarrow|overleftrightarrow)\s*\{?\s*([A-Z]{2,})\s*\}?", r"\1"),
     (r"(?<=[)\]}])\s*U\s*(?=[(\[\\])", r"\\cup "),
     (r"\\(?:i|j)math(?![a-zA-Z])", "i"),

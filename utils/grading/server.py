@@ -21,8 +21,10 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TextIO
 
-from utils.grading.algebra import PointAlgebra, UnsupportedError
+from utils.grading.algebra import PointAlgebra
 from utils.grading.compare import same
+
+Job = tuple[int, str, str]  # id, prediction, truth
 
 READY = "ready"
 RIGHT, WRONG, REFUSED, TIMEOUT, CRASH = "right", "wrong", "refused", "timeout", "crash"
@@ -51,10 +53,13 @@ WARM_UP = (
 
 def verdict(prediction: str, truth: str) -> str:
     """The verdict on one pair of canonical answers."""
+    algebra = PointAlgebra()
     try:
-        return RIGHT if same(prediction, truth, PointAlgebra()) else WRONG
-    except (UnsupportedError, RecursionError):
+        if same(prediction, truth, algebra):
+            return RIGHT
+    except RecursionError:
         return REFUSED
+    return REFUSED if algebra.refused else WRONG
 
 
 def serve_worker(requests: int, replies: int, time_limit: float, memory_limit_mb: int) -> None:
@@ -74,18 +79,18 @@ def serve_worker(requests: int, replies: int, time_limit: float, memory_limit_mb
 
 @dataclass
 class Worker:
-    """One forked process. `job` is what it works on, None while it waits."""
+    """One forked process. `job` is the (id, prediction, truth) it works on, None while it waits."""
 
     pid: int
     requests: int
     replies: int
-    job: int | None = None
+    job: Job | None = None
     deadline: float = 0.0
     answered: int = 0
 
-    def send(self, job: int, prediction: str, truth: str, time_limit: float) -> None:
+    def send(self, job: Job, time_limit: float) -> None:
         self.job, self.deadline = job, time.monotonic() + time_limit
-        data = json.dumps([prediction, truth]).encode() + b"\n"
+        data = json.dumps(job[1:]).encode() + b"\n"
         while data:
             data = data[os.write(self.requests, data) :]
 
@@ -99,7 +104,8 @@ class Pool:
     memory_limit_mb: int
     selector: selectors.BaseSelector
     workers: list[Worker] = field(default_factory=list)
-    queue: deque[tuple[int, str, str]] = field(default_factory=deque)
+    queue: deque[Job] = field(default_factory=deque)
+    tried_again: set[int] = field(default_factory=set)
 
     def fork(self) -> Worker:
         request_read, request_write = os.pipe()
@@ -137,14 +143,14 @@ class Pool:
                 return
             worker = worker or self.fork()
             try:
-                worker.send(*self.queue[0], self.time_limit)
+                worker.send(self.queue[0], self.time_limit)
             except BrokenPipeError:  # killed while it waited, which costs no answer
                 self.remove(worker)
             else:
                 self.queue.popleft()
 
     def receive(self, worker: Worker) -> tuple[int, str] | None:
-        """The verdict that a worker has written, or that it has died on its answer; None where it died idle."""
+        """The verdict that a worker has written. One that has died on its answer is replaced, and so is the next."""
         line = os.read(worker.replies, 100).decode()
         job, worker.job = worker.job, None
         worker.answered += 1
@@ -152,14 +158,20 @@ class Pool:
             self.remove(worker)
         if job is None:
             return None
-        return job, line.strip() or CRASH
+        if not line and job[0] not in self.tried_again:  # it may have been killed from outside
+            self.tried_again.add(job[0])
+            self.queue.appendleft(job)
+            return None
+        self.tried_again.discard(job[0])
+        return job[0], line.strip() or CRASH
 
     def overdue(self) -> list[tuple[int, str]]:
         """Kill the workers whose time is up."""
         late = [worker for worker in self.workers if worker.job is not None and worker.deadline <= time.monotonic()]
         for worker in late:
             self.remove(worker)
-        return [(worker.job, TIMEOUT) for worker in late]
+        self.tried_again -= {worker.job[0] for worker in late}
+        return [(worker.job[0], TIMEOUT) for worker in late]
 
     def next_deadline(self) -> float:
         """Seconds until a worker's time is up, at most WATCH_INTERVAL."""
@@ -186,7 +198,7 @@ class Requests:
     def __init__(self) -> None:
         self.unread = b""
 
-    def read(self) -> list[tuple[int, str, str]] | None:
+    def read(self) -> list[Job] | None:
         """What has arrived; None at the end."""
         chunk = os.read(0, 65_536)
         *lines, self.unread = (self.unread + chunk).split(b"\n")

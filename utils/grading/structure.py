@@ -9,22 +9,31 @@ from utils.grading.units import TEXT
 TOKEN = re.compile(
     r"\\text ?\{[^{}]*\}|\\begin ?\{[a-zA-Z]*\*?\}|\\end ?\{[a-zA-Z]*\*?\}|\\[a-zA-Z]+|\\.|[a-zA-Z]+|\s+|.", re.S
 )
+SPACES = re.compile(r"(?<![0-9])\s+|\s+(?![0-9])")
 OPENING = {"(", "[", "{", "\\{", "\\lfloor", "\\lceil", "\\langle"}
 CLOSING = {")", "]", "}", "\\}", "\\rfloor", "\\rceil", "\\rangle"}
 LIST_SEPARATORS = {",", ";", "and", "or", "\\text{and}", "\\text{or}"}
 RELATIONS = {"=", "<", ">", "\\leq", "\\geq", "\\neq", "\\in", "\\approx", "\\equiv"}
 FLIPPED = {"<": ">", ">": "<", "\\leq": "\\geq", "\\geq": "\\leq"}
 
-_NAME = r"(?:(?!\\(?:frac|sqrt|sin|cos|tan|log|ln|sec|csc|cot|binom|infty|pi)(?![a-z]))\\?[a-zA-Z]+'*(?:_\{[^{}]*\})?)"
+# Possessive throughout: a name can be read in one way only, so that no text makes the match backtrack.
+_NOT_A_NAME = r"(?!\\(?:frac|sqrt|sin|cos|tan|log|ln|sec|csc|cot|binom|infty|pi)(?![a-z]))"
+_NAMES = rf"(?:{_NOT_A_NAME}(?:\\[a-zA-Z]++|[a-zA-Z])'*+(?:_\{{[^{{}}]*+\}})?+)++"
 NAME = re.compile(
-    rf"{_NAME}+|{_NAME}\([^()]*\)|\\frac\{{{_NAME}+\}}\{{{_NAME}+\}}|{_NAME}+(?:[:/]{_NAME}+)+"
-    rf"|\((?:{_NAME}+,)+{_NAME}+\)|\|{_NAME}+\|"
+    rf"{_NAMES}(?:\([^()]*+\)|(?:[:/]{_NAMES})++)?+|\\frac\{{{_NAMES}\}}\{{{_NAMES}\}}"
+    rf"|\({_NAMES}(?:,{_NAMES})++\)|\|{_NAMES}\|"
 )
+MAX_NAME_LENGTH = 60
+
+
+def is_name(text: str) -> bool:
+    """Whether a squashed text names something: `x`, `AB`, `f(x)`, `x_{1}`, `(x,y)`, `|AB|`, `V_{1}:V_{2}`."""
+    return len(text) <= MAX_NAME_LENGTH and NAME.fullmatch(text) is not None
 
 
 def squash(text: str) -> str:
-    """The text without spaces and without the wrapping of words."""
-    return re.sub(r"\s+", "", TEXT.sub(r"\1", text))
+    """The text without the wrapping of words and without spaces, but for those between digits: `1 1` is not `11`."""
+    return SPACES.sub("", TEXT.sub(r"\1", text).strip())
 
 
 def split_top(text: str, separators: set[str]) -> tuple[list[str], list[str]]:
@@ -67,10 +76,10 @@ def named_value(text: str) -> tuple[str, str]:
     if not relations or not (set(relations) == {"="} or relations == ["\\in"]):
         return "", text
     names = [squash(member) for member in members]
-    name = next((name for name in names[:-1] if NAME.fullmatch(name)), "")
+    name = next((name for name in names[:-1] if is_name(name)), "")
     if name:
         return name, members[-1]
-    if relations[-1] == "=" and NAME.fullmatch(names[-1]):
+    if relations[-1] == "=" and is_name(names[-1]):
         return names[-1], members[0]
     return "", text
 
@@ -85,11 +94,11 @@ def as_interval(text: str) -> str | None:
     if any(relation in (">", "\\geq") for relation in relations):
         return None
     if len(members) == 2:
-        name_first = bool(NAME.fullmatch(squash(members[0])))
+        name_first = is_name(squash(members[0]))
         members = ["-\\infty", *members] if name_first else [*members, "\\infty"]
         relations = ["<", *relations] if name_first else [*relations, "<"]
     low, name, high = members
-    if not NAME.fullmatch(squash(name)):
+    if not is_name(squash(name)):
         return None
     opening, closing = "[" if relations[0] == "\\leq" else "(", "]" if relations[1] == "\\leq" else ")"
     if not name.startswith("|"):

@@ -68,25 +68,31 @@ def unit_name(text: str) -> str:
     return "".join(names) + power
 
 
-def _is_unit(text: str, known: bool) -> bool:
+def _unit_words(text: str) -> list[str]:
+    """The words of what may be a unit; none where one of them says that it is not."""
     words = re.findall(r"[a-z]+", TEXT.sub(r" \1 ", text).lower())
-    if not words or any(NOT_UNIT.fullmatch(word) for word in words):
-        return False
-    return not known or any(word in BARE_UNITS for word in words) or all(len(word) >= 4 for word in words)
+    return [] if any(NOT_UNIT.fullmatch(word) for word in words) else words
+
+
+def _is_bare_unit(value: str, unit: str, text: str) -> bool:
+    """Whether words outside `\\text{}` are a unit: known ones, or long ones that stand apart from the value."""
+    words = _unit_words(unit)
+    apart = text[len(value) : len(value) + 1] == " "
+    return any(word in BARE_UNITS for word in words) or (apart and bool(words) and min(map(len, words)) >= 4)
 
 
 def split_unit(text: str) -> tuple[str, str]:
     """(value, unit) of a canonical text; the unit is "" where there is none.
 
     A unit stands in `\\text{}`, or is a known one, or a plain word that no product of variables looks like: `306x`
-    and `5ab` hold none.
+    and `5abcd` hold none.
     """
     if (match := LEADING.match(text)) and CANONICAL.get(match["unit"].lower()) in ("dollar", "euro", "pound", "cent"):
         value, trailing = split_unit(match["sign"] + match["value"])
         return value, trailing or CANONICAL[match["unit"].lower()]
-    if (match := TRAILING_TEXT.match(text)) and _is_unit(match["unit"], known=False):
+    if (match := TRAILING_TEXT.match(text)) and _unit_words(match["unit"]):
         return match["value"].strip(), unit_name(match["unit"])
-    if (match := TRAILING_WORDS.match(text)) and _is_unit(match["unit"], known=True):
+    if (match := TRAILING_WORDS.match(text)) and _is_bare_unit(match["value"], match["unit"], text):
         return match["value"].strip(), unit_name(match["unit"])
     return text, ""
 
