@@ -92,6 +92,7 @@ def _train(options: list[str], before: Callable[[], None] | None) -> None:
     with printed_file(output_of(options)).open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)  # not pytest's
     if before is not None:
         before()
     sys.exit(int(train_grpo.main(options)))

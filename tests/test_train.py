@@ -38,7 +38,12 @@ def without_times(rows: list[dict]) -> list[dict]:
 def finished_run(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("runs") / "whole"
     done = train(
-        tiny_world, output, "training.n_grpo_steps=12", "training.eval_interval=4", "training.checkpoint_interval=5"
+        tiny_world,
+        output,
+        "training.min_tokens=0",
+        "training.n_grpo_steps=12",
+        "training.eval_interval=4",
+        "training.checkpoint_interval=5",
     )
     assert done.returncode == 0, done.stderr
     for word in ("metrics.jsonl", "rollouts.jsonl", "checkpoints/last", "checkpoints/best", "reward_curve.png"):
@@ -173,6 +178,7 @@ def test_mistakes_are_told_in_one_line_and_nothing_is_written(
 def test_a_bad_row_is_named_by_file_and_line(tiny_model_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "model").symlink_to(tiny_model_dir)
     (tmp_path / "train.jsonl").write_text('{"problem": "1+1=?", "answer": "2"}\n{"problem": "2+2=?"}\n')
+    (tmp_path / "validation.jsonl").write_text('{"problem": "1+1=?", "answer": "2"}\n')
     done = train(tmp_path, tmp_path / "run")
     assert done.returncode == 2
     assert f"{tmp_path}/train.jsonl:2: no `answer`" in done.stderr

@@ -1,0 +1,202 @@
+"""Run folders of configs, a run a file and seed, and write a report of each: what is missing is run, nothing twice.
+
+    python play-scripts/run_ablations.py configs/lr_sweep --overlay configs/hardware/h100.yaml --seeds 3
+    python play-scripts/run_ablations.py configs/tiny --seeds 3 --jobs 2
+
+A run goes to <runs>/<folder>/<its file>/seed_<n>, with its output in console.log; the report to <results>/<folder>.
+Finished runs are skipped, runs that were cut off or failed go on from their last checkpoint, and one that fails stops
+no other. The guard stops collapsed runs (guard.action=warn lets them go on). Runs of different folders that have the
+same config are run once and copied. Ctrl-C ends the runs after the work at hand and a save; the same command goes on.
+Of a folder that holds folders of configs, all of those are run.
+
+Exit status: 0 every run has ended, collapsed perhaps; 1 some have not; 2 a mistake in what was asked for; 4 stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shlex
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from types import TracebackType
+
+from rich.console import Console
+from rich.live import Live
+from rich.markup import escape
+from rich.table import Table
+
+from utils.ablation_jobs import ENDED, Job, Progress, copy, find_topics, finish, plan, start
+from utils.ending import Status
+from utils.report import write_report, write_top_page
+from utils.summary import format_time
+
+STYLES = {"failed": "red", "collapsed": "yellow", "running": "dim"}
+
+
+class Stop:
+    """Counts the signals that ask for an end; the runs are sent SIGINT as often: once to save, twice to end at once."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def __init__(self) -> None:
+        self.count = self.sent = 0
+
+    def __enter__(self) -> Stop:
+        self._previous = {number: signal.signal(number, self._on_signal) for number in self.SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, *_: object) -> None:
+        self.count += 1
+
+    def pass_on(self, running: Sequence[Job]) -> None:
+        while self.sent < self.count:
+            self.sent += 1
+            for job in running:
+                job.process.send_signal(signal.SIGINT)
+
+
+def run_all(jobs: Sequence[Job], at_once: int, stop: Stop, console: Console) -> None:
+    """Run what is waiting, until all have ended, or a signal asked to stop and the running ones have saved."""
+    live = Live(console=console, refresh_per_second=2) if console.is_terminal else contextlib.nullcontext()
+    try:
+        with live:
+            going = True
+            while going:
+                going = advance(jobs, at_once, stop, console)
+                if console.is_terminal:
+                    live.update(table(jobs, at_once, stop))
+                time.sleep(0.3)
+    finally:  # an error in this process leaves none of the others behind
+        for job in jobs:
+            if job.state == "running":
+                job.process.send_signal(signal.SIGINT)
+
+
+def advance(jobs: Sequence[Job], at_once: int, stop: Stop, console: Console) -> bool:
+    """Note what has ended, start what there is room for, pass signals on; False when nothing is left to wait for."""
+    for job in jobs:
+        if job.state == "running" and job.process.poll() is not None:
+            finish(job)
+            announce(console, job)
+        elif job.state == "waiting" and job.same_as and job.same_as.state not in ("waiting", "running"):
+            copy(job)
+            announce(console, job)
+    n_free = 0 if stop.count else at_once - sum(job.state == "running" for job in jobs)
+    for job in [job for job in jobs if job.state == "waiting" and not job.same_as][:n_free]:
+        start(job)
+        announce(console, job)
+    running = [job for job in jobs if job.state == "running"]
+    stop.pass_on(running)
+    return bool(running) or (not stop.count and any(job.state == "waiting" for job in jobs))
+
+
+def announce(console: Console, job: Job) -> None:
+    text = f"{job.state:11} {job}" + (f": {job.detail}" if job.detail else "")
+    console.print(escape(text), style=STYLES.get(job.state, ""), soft_wrap=True)
+
+
+def table(jobs: Sequence[Job], at_once: int, stop: Stop) -> Table:
+    """The runs that are running, and below them how many are not, and how long all will take."""
+    running = [(job, Progress(job)) for job in jobs if job.state == "running"]
+    shown = Table("run", "step", "reward", "time left")
+    for job, progress in running:
+        reward = "–" if progress.reward is None else f"{progress.reward:.3f}"
+        shown.add_row(str(job), f"{progress.step}/{progress.n_steps}", reward, format_time(progress.seconds_left))
+    counts = Counter(job.state for job in jobs if job.state != "running")
+    captions = [", ".join(f"{n} {state}" for state, n in sorted(counts.items()))]
+    paces = [progress.pace for _, progress in running if progress.pace is not None]
+    if stop.count:
+        captions.append("stopping: the runs save; Ctrl-C once more ends them at once")
+    elif paces:
+        steps = sum(progress.n_steps - progress.step for _, progress in running)
+        steps += sum(job.config.training.n_grpo_steps for job in jobs if job.state == "waiting" and not job.same_as)
+        captions.append(f"about {format_time(steps * fmean(paces) / at_once)} left")
+    shown.caption = "; ".join(caption for caption in captions if caption)
+    return shown
+
+
+def report(options: argparse.Namespace, topics: dict[str, Path], console: Console) -> None:
+    """Write the page of every folder, and the top page; what is missing or damaged is named."""
+    for topic, folder in topics.items():
+        results = Path(options.results) / topic
+        try:
+            complaints = write_report(Path(options.runs) / topic, results, topic, command_for(options, folder))
+        except ValueError as error:
+            complaints = [f"{topic}: no report: {error}"]
+        else:
+            console.print(escape(f"wrote {results / 'README.md'}"), soft_wrap=True)
+        for complaint in complaints:
+            print(complaint, file=sys.stderr)
+    try:
+        write_top_page(Path(options.results))
+    except ValueError as error:
+        print(error, file=sys.stderr)
+
+
+def command_for(options: argparse.Namespace, folder: Path) -> str:
+    """The command that runs one of the folders as it was run."""
+    words = ["python", "play-scripts/run_ablations.py", os.path.relpath(folder), "--seeds", str(options.seeds)]
+    for overlay in options.overlay:
+        words += ["--overlay", overlay]
+    return shlex.join([*words, "--jobs", str(options.jobs), *options.overrides])
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("words", nargs="+", metavar="FOLDER", help="folder of configs, or of such folders; then section.field=value")
+    add("--seeds", type=int, default=1, metavar="N", help="seeds a config, counted up from its own (1)")
+    add("--overlay", action="append", default=[], metavar="FILE", help="YAML file that wins over the configs")
+    add("--jobs", type=int, default=1, metavar="N", help="runs at once (1)")
+    add("--runs", default="runs", metavar="FOLDER", help="where runs go (runs)")
+    add("--results", default="results", metavar="FOLDER", help="where reports go (results)")
+    add("--report-only", action="store_true", help="run nothing: write the reports of what is there")
+    options = parser.parse_intermixed_args(arguments)
+    options.folders = [word for word in options.words if "=" not in word]
+    options.overrides = [word for word in options.words if "=" in word]
+    if not options.folders:
+        parser.error("no folder of configs given")
+    for name in ("seeds", "jobs"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} {getattr(options, name)}: at least 1")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    console = Console(highlight=False)
+    try:
+        topics = find_topics(options.folders)
+        jobs = [] if options.report_only else plan(
+            topics, options.seeds, options.overlay, options.overrides, Path(options.runs)
+        )  # fmt: skip
+    except ValueError as mistake:
+        print(f"error: {mistake}", file=sys.stderr)
+        return Status.USER_MISTAKE
+    n_there = sum(job.state in ENDED for job in jobs)
+    if n_there:
+        console.print(f"{n_there} of {len(jobs)} runs are there already")
+    with Stop() as stop:
+        run_all(jobs, options.jobs, stop, console)
+    if stop.count:
+        console.print("stopped; the same command goes on from here")
+        return Status.STOPPED_BY_SIGNAL
+    report(options, topics, console)
+    return Status.ERROR if any(job.state not in ENDED for job in jobs) else Status.FINISHED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,228 @@
+"""The page of an ablation: its question, figure and table, what the data shows, and the published outcome beside it."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+
+from utils.history import Run, load_runs, write_csv
+from utils.plot_style import in_order
+from utils.plotting import DEFAULT_METRICS, draw_figure, save_figure
+from utils.published import SOURCE, Ablation, Claim, find_ablation
+from utils.run_files import STATUS_FILE, write_atomically
+from utils.summary import LAST, Estimate, Summary, estimate, markdown_table, summarize
+
+REWARD = "eval/reward"
+ALSO_KEPT = ("eval/format_reward", "eval/answer_reward", "train/reward")  # in metrics.csv beside what is drawn
+COUNTS_FROM = 2.0  # standard errors
+SHOWS = "What the data shows"
+TOP_MARKERS = ("<!-- ablations -->", "<!-- /ablations -->")
+
+
+def write_report(runs_folder: Path, results_folder: Path, topic: str, command: str) -> list[str]:
+    """Write metrics.csv, figure.png and .svg, and README.md of the runs in a folder.
+
+    Returns a complaint for everything missing or damaged. Raises ValueError where there is nothing to report.
+    """
+    ablation = find_ablation(topic)
+    runs, complaints = load_runs([runs_folder])
+    summaries, missing = summarize(runs, REWARD)
+    drawn = [*DEFAULT_METRICS, *ablation.also_drawn]
+    figure, undrawn = draw_figure({"ours": runs}, [metric for metric in drawn if has_metric(runs, metric)])
+    results_folder.mkdir(parents=True, exist_ok=True)
+    save_figure(figure, results_folder / "figure")
+    kept = {*drawn, *ALSO_KEPT}
+    thinned = [replace(run, curves={m: curve for m, curve in run.curves.items() if m in kept}) for run in runs]
+    write_csv(thinned, results_folder / "metrics.csv")
+    page = describe(topic, ablation, runs, summaries, drawn, command)
+    write_atomically(results_folder / "README.md", page)
+    return list(dict.fromkeys([*complaints, *missing, *undrawn]))
+
+
+def has_metric(runs: Sequence[Run], metric: str) -> bool:
+    return any(run.curves.get(metric) for run in runs)
+
+
+def describe(
+    topic: str,
+    ablation: Ablation,
+    runs: Sequence[Run],
+    summaries: Sequence[Summary],
+    drawn: Sequence[str],
+    command: str,
+) -> str:
+    """The page as Markdown."""
+    commands = "\n".join([*ablation.prepare, command])
+    parts = [
+        f"# {topic}",
+        ablation.question,
+        f"![{', '.join(drawn)} over GRPO steps](figure.png)",
+        markdown_table(summaries),
+        f"`{REWARD}` on held-out problems, mean over seeds ± standard error: the best evaluation, and the mean of the "
+        f"last {LAST}, which reach back to before its collapse in a run that was stopped early. A difference counts "
+        f"from {COUNTS_FROM:g} standard errors of it on. `time` is of one run.",
+        *same_runs(runs),
+        f"## {SHOWS}",
+        " ".join(sentences(runs, summaries)),
+        *published_parts(ablation, runs),
+        "## Means over all GRPO steps",
+        means_table(runs, [metric for metric in drawn if metric.startswith("train/")]),
+        "## Made by",
+        f"```bash\n{commands}\n```",
+        "`metrics.csv` holds the curves that are drawn, and the rewards: run_name, seed, metric, step, value.",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def same_runs(runs: Sequence[Run]) -> list[str]:
+    """A line for settings that were not run twice, because another ablation's has the same config."""
+    same = {}
+    for run in runs:
+        path = Path(run.place) / STATUS_FILE
+        other = json.loads(path.read_text()).get("same_as") if run.ending in ("finished", "collapsed") else None
+        if other:
+            same[run.name] = other
+    lines = [f"`{name}` is the run `{other}`, whose config is the same" for name, other in same.items()]
+    return ["; ".join(lines) + "."] if lines else []
+
+
+def by_setting(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    return {name: [run for run in runs if run.name == name] for name in in_order(run.name for run in runs)}
+
+
+def finite(run: Run, metric: str) -> list[float]:
+    """The metric's values in the order of their steps, without those that were not finite."""
+    return [point.value for _, point in sorted(run.curves.get(metric, {}).items()) if not math.isnan(point.value)]
+
+
+def measure(seeds: Sequence[Run], metric: str) -> Estimate | None:
+    """Over seeds: of `eval/*` the mean of the last evaluations, of `train/*` the mean of all GRPO steps."""
+    values = [finite(run, metric)[-LAST:] if metric.startswith("eval/") else finite(run, metric) for run in seeds]
+    return estimate([fmean(found) for found in values if found])
+
+
+def difference(a: Estimate, b: Estimate) -> Estimate:
+    """a - b of independent estimates; its standard error is None where one of theirs is."""
+    known = a.standard_error is not None and b.standard_error is not None
+    return Estimate(a.mean - b.mean, math.hypot(a.standard_error, b.standard_error) if known else None)
+
+
+def counts(gap: Estimate) -> bool:
+    return gap.standard_error is not None and abs(gap.mean) > COUNTS_FROM * gap.standard_error
+
+
+def sentences(runs: Sequence[Run], summaries: Sequence[Summary]) -> list[str]:
+    """Two sentences by plain rules: which setting ends highest and lowest, and which collapsed or never rose."""
+    ranked = sorted((s for s in summaries if s.last is not None), key=lambda s: -s.last.mean)
+    if not ranked:
+        return [f"No run has `{REWARD}`.", ending_sentence(runs)]
+    best = ranked[0]
+    first = f"`{best.name}` ends highest, at {best.last}"
+    gaps = {s.name: difference(best.last, s.last) for s in ranked[1:]}
+    like = [name for name, gap in gaps.items() if gap.standard_error is not None and not counts(gap)]
+    if like:
+        first += f", from which {listed(like)} cannot be told apart"
+    lowest = ranked[-1]
+    if len(ranked) > 1 and lowest.name not in like:
+        first += f"; `{lowest.name}` ends lowest, at {lowest.last}"
+    if best.last.standard_error is None:
+        first += "; one seed cannot say which differences are chance"
+    return [first + ".", ending_sentence(runs)]
+
+
+def ending_sentence(runs: Sequence[Run]) -> str:
+    """Which settings were stopped as collapsed, and which others did not rise above their first evaluation."""
+    collapsed, flat = {}, []
+    for name, seeds in by_setting(runs).items():
+        n_collapsed = sum(run.ending == "collapsed" for run in seeds)
+        if n_collapsed:
+            collapsed[name] = f"`{name}` in {n_collapsed} of {len(seeds)} seeds"
+            continue
+        gains = [fmean(values[-LAST:]) - values[0] for run in seeds if (values := finite(run, REWARD))]
+        gain = estimate(gains)
+        if gain is not None and gain.standard_error is not None and not (counts(gain) and gain.mean > 0):
+            flat.append(name)
+    text = f"Stopped as collapsed: {', '.join(collapsed.values())}" if collapsed else "No run was stopped as collapsed"
+    return text + (f"; {listed(flat)} did not end above the first evaluation." if flat else ".")
+
+
+def listed(names: Sequence[str]) -> str:
+    """`a`, `b` and `c`."""
+    marked = [f"`{name}`" for name in names]
+    return marked[0] if len(marked) == 1 else f"{', '.join(marked[:-1])} and {marked[-1]}"
+
+
+def published_parts(ablation: Ablation, runs: Sequence[Run]) -> list[str]:
+    """The published outcome, and a row for each claim in it that these runs can be held against."""
+    if not ablation.published:
+        return []
+    rows = [(claim.text, verdict) for claim in ablation.claims if (verdict := check(claim, by_setting(runs)))]
+    table = "\n".join(["| published | here |", "|---|---|", *(f"| {text} | {verdict} |" for text, verdict in rows)])
+    return ["## Published, and here", f"{ablation.published} ({SOURCE})", *([table] if rows else []), ablation.note]
+
+
+def check(claim: Claim, settings: dict[str, list[Run]]) -> str | None:
+    """Whether a published claim holds for these runs, with the numbers; None where they don't have its settings."""
+    seeds = settings.get(claim.run, [])
+    if not seeds:
+        return None
+    if claim.relation == "collapses":
+        n = sum(run.ending == "collapsed" for run in seeds)
+        return f"**{'yes' if n == len(seeds) else 'no' if n == 0 else 'in part'}**: {n} of {len(seeds)} seeds"
+    a, b = measure(seeds, claim.metric), measure(settings.get(claim.other, []), claim.metric)
+    if a is None or b is None:
+        return None
+    gap = difference(a, b)
+    numbers = f"{significant(a.mean)} against {significant(b.mean)}"
+    if gap.standard_error is None:
+        return f"**not to be judged**, one seed: {numbers}"
+    numbers += f", difference {significant(gap.mean)} ± {significant(gap.standard_error)}"
+    if not counts(gap):
+        return f"**{'yes' if claim.relation == '=' else 'not to be told apart'}**: {numbers}"
+    return f"**{'yes' if claim.relation == '>' and gap.mean > 0 else 'no'}**: {numbers}"
+
+
+def significant(value: float) -> str:
+    return f"{value:.3g}"
+
+
+def measured(found: Estimate | None) -> str:
+    values = () if found is None else (found.mean, found.standard_error)
+    return " ± ".join(significant(value) for value in values if value is not None) or "–"
+
+
+def means_table(runs: Sequence[Run], metrics: Sequence[str]) -> str:
+    """A row a setting, a column a metric: the mean over GRPO steps and seeds, ± the standard error over seeds."""
+    rows = [("run", *(f"`{metric}`" for metric in metrics)), ("---",) * (len(metrics) + 1)]
+    for name, seeds in by_setting(runs).items():
+        found = [measure(seeds, metric) for metric in metrics]
+        rows.append((name, *map(measured, found)))
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def write_top_page(results: Path) -> None:
+    """Put every ablation's sentences and command between the markers of results/README.md; all else there stays."""
+    pages = sorted(page for page in results.rglob("README.md") if (page.parent / "metrics.csv").exists())
+    if not pages:
+        return
+    path = results / "README.md"
+    begin, end = TOP_MARKERS
+    text = path.read_text() if path.exists() else f"# Results\n\n{begin}\n{end}\n"
+    if begin not in text or end not in text:
+        raise ValueError(f"{path}: no place for the ablations; add the lines {begin} and {end}")
+    entries = "\n\n".join(top_entry(page, results) for page in pages)
+    write_atomically(path, f"{text.split(begin)[0]}{begin}\n{entries}\n{end}{text.split(end)[1]}")
+
+
+def top_entry(page: Path, results: Path) -> str:
+    """What the top page says of one ablation, taken from its page."""
+    text, place = page.read_text(), page.parent.relative_to(results).as_posix()
+    question = text.split("\n\n")[1]
+    shows = re.search(rf"^## {SHOWS}\n\n(.+?)\n\n", text, re.MULTILINE | re.DOTALL)[1]
+    commands = re.search(r"^```bash\n.+?\n```$", text, re.MULTILINE | re.DOTALL)[0]
+    return f"## [{place}]({place}/README.md)\n\n{question}\n\n{shows}\n\n{commands}"
