@@ -73,6 +73,12 @@ class MemoryTracker:
             switch.write_text("5")  # "reset the peak resident set size", man 5 proc
 
 
+def peak_memory_metrics(peaks: dict[str, int]) -> dict[str, float]:
+    """Peak bytes by phase -> `train/peak_memory_gb`, the largest, and one metric a phase; GB of 10^9 bytes."""
+    by_phase = {f"train/{phase}_peak_memory_gb": peak / 1e9 for phase, peak in peaks.items()}
+    return {"train/peak_memory_gb": max(by_phase.values()), **by_phase} if by_phase else {}
+
+
 def count_parameters(model_config: dict[str, Any]) -> dict[str, int]:
     """Parameters of a Qwen2- or Llama-like model by part, from its config.json: `embeddings` (head included),
     `layers`, and their `total`. Biases and norms, well under a thousandth, are counted as Qwen2 has them.

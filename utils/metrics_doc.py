@@ -11,6 +11,15 @@ AXES: dict[str, str] = {
     "time": "seconds this run has been running, its resumed parts added up; time between them is not counted",
 }
 
+GRADING: dict[str, str] = {
+    "answers": "answers that the grader was asked about",
+    "fast": "of these, decided in this process without algebra",
+    "algebra": "of these, decided by a worker process",
+    "refused": "answers that it refused to parse (too long, too deep, too large): graded wrong",
+    "crashes": "answers whose grading killed its worker process: graded wrong",
+    "timeouts": "answers whose grading ran over `grader.time_limit`: graded wrong",
+}
+
 METRICS: dict[str, str] = {
     "eval/reward": "mean reward over the fixed validation subset",
     "eval/format_reward": "share of those responses in the asked-for format",
@@ -43,12 +52,6 @@ METRICS: dict[str, str] = {
     "train/train_dt": "seconds in all inner steps",
     "train/push_dt": "seconds to put the new weights into the engine",
     "train/eval_dt": "seconds in the evaluation; it stands in the evaluation's row",
-    "train/grader_answers": "answers that the grader was asked about",
-    "train/grader_fast": "of these, decided in this process without algebra",
-    "train/grader_algebra": "of these, decided by a worker process",
-    "train/grader_refused": "answers that it refused to parse (too long, too deep, too large): graded wrong",
-    "train/grader_crashes": "answers whose grading killed its worker process: graded wrong",
-    "train/grader_timeouts": "answers whose grading ran over `grader.time_limit`: graded wrong",
     "train/step_dt": "seconds in the step, evaluation left out",
     "train/tokens_per_second": "response tokens sampled, a second of `train/step_dt`",
     "train/peak_memory_gb": "peak memory in the step, GB: on the GPU, or of this process where it trains on the CPU",
@@ -60,6 +63,8 @@ METRICS: dict[str, str] = {
     "train/sleep_freed_gb": "GPU memory that the vLLM engine gave back as it went to sleep, GB",
     "train/check_mean_diff": "mean absolute difference of vLLM's and trainer's log-probs where they are compared, nats",
     "train/check_max_diff": "largest such difference, nats",
+    **{f"train/grader_{name}": meaning for name, meaning in GRADING.items()},
+    **{f"eval/grader_{name}": f"{meaning} (in the evaluation)" for name, meaning in GRADING.items()},
 }
 
 

@@ -21,7 +21,7 @@ from utils.engines.self_check import self_check
 from utils.evaluate import evaluate, response_metrics
 from utils.grpo import zero_std_groups
 from utils.guard import Advisor, CollapseGuard, Verdict
-from utils.memory import MemoryTracker
+from utils.memory import MemoryTracker, peak_memory_metrics
 from utils.plotting import reward_curve
 from utils.preflight import estimated_memory
 from utils.records import Prompt, Reward, Rollout, RolloutEngine
@@ -150,7 +150,7 @@ class Run:
             "train/reward_std": totals.std(correction=0).item(),
             "train/frac_zero_std_groups": zero_std_groups(totals, t.group_size).float().mean().item(),
             **update.metrics,
-            **{f"train/grader_{name}": float(count) for name, count in self.scorer.grader.drain_counters().items()},
+            **self._grading_metrics("train"),
             **self.step_metrics,
             **peak_memory_metrics(self.memory.report()),
             "train/step_dt": seconds,
@@ -187,9 +187,8 @@ class Run:
         started = time.perf_counter()
         seed = derive_seed(t.seed, "evaluation")
         metrics, rollouts, rewards = evaluate(self.engine, self.validation_prompts, self.scorer, seed)
-        self.scorer.grader.drain_counters()  # those of the training step only are logged
         seconds = time.perf_counter() - started
-        self.log.evaluation(step, {**metrics, "train/eval_dt": seconds})
+        self.log.evaluation(step, {**metrics, **self._grading_metrics("eval"), "train/eval_dt": seconds})
         self.log.rollouts("eval", step, rollouts, rewards, n=t.n_rollouts_to_log)
         self._look_for_trouble(step, metrics)
         self.limit.record(evaluation=seconds)
@@ -239,6 +238,11 @@ class Run:
         if status is not None and self.state.grpo_step > 0:
             self.save()
         return Status.ERROR if status is not None and self.checkpoints.failure is not None else status
+
+    def _grading_metrics(self, prefix: str) -> dict[str, float]:
+        """What the grader has counted since it was last asked."""
+        counts = self.scorer.grader.drain_counters()
+        return {f"{prefix}/grader_{name}": float(count) for name, count in counts.items()}
 
     def _compare_with_estimate(self, measured_gb: float) -> None:
         """Put the measured peak of the inner steps beside what --dry-run would have said, on a GPU."""
@@ -293,9 +297,3 @@ class Run:
             [advantages[i].item() for i in rows],
             n=len(rows),
         )
-
-
-def peak_memory_metrics(peaks: dict[str, int]) -> dict[str, float]:
-    """Peak bytes by phase -> `train/peak_memory_gb`, the largest, and one metric a phase; GB of 10^9 bytes."""
-    by_phase = {f"train/{phase}_peak_memory_gb": peak / 1e9 for phase, peak in peaks.items()}
-    return {"train/peak_memory_gb": max(by_phase.values()), **by_phase} if by_phase else {}
