@@ -14,7 +14,7 @@ READY := .venv/ready-$(BUILD)
 
 quickstart: $(READY)
 	$(BIN)/python play-scripts/make_tiny.py
-	$(BIN)/python train_grpo.py --config configs/quickstart.yaml
+	$(BIN)/python train_grpo.py --config configs/quickstart.yaml $(if $(wildcard runs/quickstart/config.yaml),--resume)
 
 test: $(READY)
 	$(BIN)/python -m pytest $(ARGS)

@@ -36,7 +36,6 @@ def train(run: Run) -> Status:
     from utils.update import update_policy
 
     t = run.config.training
-    run.push_weights()
     while True:
         run.evaluate_if_due()
         run.save_if_due()
@@ -75,9 +74,9 @@ def main(arguments: Sequence[str] | None = None) -> Status:
     except ValueError as mistake:
         return report_mistake(mistake)
 
+    limit = TimeLimit(config.training.max_hours)
     from utils.build import build_run
 
-    limit = TimeLimit(config.training.max_hours)
     with StopRequest() as stop:
         try:
             run = build_run(config, options.resume, options.allow_changes, stop, limit)

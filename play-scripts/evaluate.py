@@ -59,10 +59,9 @@ def checkpoint_config(options: argparse.Namespace) -> Config:
     if options.samples < 0 or (options.samples == 0 and not options.greedy):
         raise ValueError(f"--samples {options.samples}: nothing to do; give 1 or more, or leave --no-greedy out")
     files = options.config
-    run_config = Path(options.checkpoint).resolve().parents[1] / "config.yaml"
-    if not files and run_config.is_file():
-        files = [run_config]
     if not files and Path(options.checkpoint).exists():
+        files = [Path(options.checkpoint).resolve().parents[1] / "config.yaml"]
+    if files and not options.config and not files[0].is_file():
         raise ValueError(f"{options.checkpoint} lies in no run folder, so its config is unknown; give --config")
     whole = ["training.max_val_examples=null", f"paths.model_path={json.dumps(options.checkpoint)}"]
     config = load_config(files, [*whole, *options.overrides])

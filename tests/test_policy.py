@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from update_cases import ON_POLICY, make_batch
 
 from configs.defaults import Training
-from tests.test_update import ON_POLICY, make_batch
 from utils.log_probs import has_plain_head
 from utils.policy import build_optimizer, context_length, load_policy, load_tokenizer
 from utils.update import update_policy
@@ -51,8 +51,11 @@ def test_attention_kernels_agree(tiny_model_dir: Path, plain_weights: torch.Tens
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
-def test_compiled_policy_agrees_and_keeps_its_names(tiny_model_dir: Path, plain_weights: torch.Tensor) -> None:
-    training = replace(ON_POLICY, use_compile=True)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_policy_agrees_and_keeps_its_names(
+    tiny_model_dir: Path, plain_weights: torch.Tensor, checkpointing: bool
+) -> None:
+    training = replace(ON_POLICY, use_compile=True, use_gradient_checkpointing=checkpointing)
     names = load_policy(str(tiny_model_dir), training).state_dict().keys()
     assert names == load_policy(str(tiny_model_dir), ON_POLICY).state_dict().keys()
     torch.testing.assert_close(weights_after_updates(tiny_model_dir, training), plain_weights, atol=1e-4, rtol=0)

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from transformers.utils.logging import disable_progress_bar
 
 import train_grpo
 import utils.build  # noqa: F401 (forked processes then need not import it)
-from utils import tiny
+from utils import tiny, update
 from utils.checkpoint import OPTIMIZER_FILE, STATE_FILE
 from utils.ending import Status
 from utils.engines import transformers_engine
@@ -219,7 +220,10 @@ def test_killed_at_random_instants_and_resumed_it_ends_bit_identical(world, tmp_
             time.sleep(rng.uniform(0, 0.005))
         else:
             process.join(timeout=rng.uniform(0, whole_run / 10))
-        assert process.exitcode is None, printed_file(output).read_text()
+        if process.exitcode is not None:  # done before its kill came: the machine has become faster meanwhile
+            assert process.exitcode == Status.FINISHED, printed_file(output).read_text()
+            shutil.rmtree(output)
+            continue
         process.kill()
         process.join()
         kills += 1
@@ -366,15 +370,14 @@ def spoil_log_probs(grpo_step: int) -> None:
 
 def spoil_gradient(calls: range) -> None:
     """Put an infinity into one entry of the gradient before some optimizer steps, counted from 1."""
-    original, counted = torch.nn.utils.clip_grad_norm_, itertools.count(1)
+    original, counted = update.clip_gradients, itertools.count(1)
 
-    def clip_grad_norm_(parameters, *args, **kwargs):
-        parameters = list(parameters)
+    def clip_gradients(policy, max_grad_norm):
         if next(counted) in calls:
-            parameters[0].grad.view(-1)[7] = float("inf")
-        return original(parameters, *args, **kwargs)
+            next(policy.parameters()).grad.view(-1)[7] = float("inf")
+        return original(policy, max_grad_norm)
 
-    torch.nn.utils.clip_grad_norm_ = clip_grad_norm_
+    update.clip_gradients = clip_gradients
 
 
 def all_finite(output: Path) -> bool:
@@ -420,7 +423,7 @@ def test_several_in_a_row_stop_the_run_with_a_diagnosis(world, reference, tmp_pa
 def test_the_time_limit_ends_the_run_with_an_evaluation_and_a_save(world, tmp_path):
     output = tmp_path / "run"
     options = ["training.n_grpo_steps=100000", "training.checkpoint_interval=null", "training.eval_interval=1000"]
-    assert finish(arguments(world, output, *options, "training.max_hours=0.001")) == Status.TIME_LIMIT
+    assert finish(arguments(world, output, *options, "training.max_hours=0.003")) == Status.TIME_LIMIT
     steps, evaluated = trained_steps(output), [r["eval_step"] for r in metrics_of(output) if "eval_step" in r]
     assert steps == list(range(1, steps[-1] + 1))
     assert evaluated == [0, steps[-1]]

@@ -23,7 +23,7 @@ from utils.rewards import RewardScorer
 from utils.run import Run
 from utils.run_files import METRICS_FILE, lock_run, save_run_info
 from utils.run_log import RunLog
-from utils.seeding import seed_everything
+from utils.seeding import restore_random_state, seed_everything
 from utils.trial import try_longest_microbatch
 
 CONFIG_FILE = "config.yaml"
@@ -55,8 +55,9 @@ def build_run(config: Config, resume: bool, allow_changes: bool, stop: StopReque
     optimizer = build_optimizer(policy, t)
     engine = build_engine(config, policy, tokenizer, longest_prompt=longest_prompt)
     if t.try_longest_microbatch and t.device.startswith("cuda"):  # on the CPU the system ends a process without a word
-        engine.sleep()  # as it will while the policy trains; the first push wakes it
+        engine.sleep()  # as it will while the policy trains
         try_longest_microbatch(policy, t, longest_prompt)
+        engine.update_weights(policy)
     stop.install()  # vLLM and others may have put handlers of their own in place
 
     lock = lock or lock_run(output_dir)
@@ -69,8 +70,11 @@ def build_run(config: Config, resume: bool, allow_changes: bool, stop: StopReque
         guard.load_state_dict(state.guard)
         advisor.load_state_dict(state.advisor)
     log = open_log(config, output_dir, resume, state)
+    log.note(f"rollouts by the {engine.name} engine")
     for note in [*notes, *more_notes]:
         log.warn(note)
+    if checkpoint is not None:
+        restore_random_state(state.random)  # last: loading models, engine and tracker draws from these generators
     return Run(
         config=config,
         policy=policy,

@@ -193,6 +193,21 @@ def _rules_between(config: Config) -> list[tuple[tuple[str, ...], bool, str]]:
             "alone in its group every advantage is 0; take a group_size of 2 or more, or loss_type no_baseline",
         ),
         (
+            ("training.group_size", "training.use_std_normalization"),
+            t.group_size == 1 and t.use_std_normalization,
+            "a group of 1 has no standard deviation; turn use_std_normalization off",
+        ),
+        (
+            ("training.normalize_mode", "training.gradient_accumulation_steps"),
+            t.normalize_mode == "microbatch" and t.gradient_accumulation_steps == t.train_batch_size,
+            "a microbatch of one rollout makes this mode the same as mean; lower gradient_accumulation_steps",
+        ),
+        (
+            ("training.attention_type", "training.dtype"),
+            t.attention_type.startswith("flash") and t.dtype == "float32" and t.autocast_dtype is None,
+            "flash attention computes in 16 bits; set autocast_dtype to bfloat16, or attention_type to sdpa",
+        ),
+        (
             ("training.min_tokens", "training.max_tokens"),
             t.min_tokens > t.max_tokens,
             "the shortest response is longer than the longest; lower min_tokens",

@@ -5,6 +5,7 @@ Nothing here imports torch at the top, so that a dry run stays quick.
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 # What the CUDA context, the libraries' workspaces and the allocator's unused gaps take beside tensors: an allowance,
 # not a measurement.
 CUDA_ALLOWANCE = 1 * GIB
+PHASES_ASLEEP = ("grading", "train")  # of the GRPO step, while a vLLM engine may sleep
 
 
 class MemoryTracker:
@@ -35,6 +37,11 @@ class MemoryTracker:
         self.enabled = enabled
         self.peaks: dict[str, int] = {}
         if enabled:
+            self._reset()
+
+    def start(self) -> None:
+        """Forget the peak so far: what comes before a phase is not the phase's."""
+        if self.enabled:
             self._reset()
 
     def mark(self, name: str) -> int:
@@ -69,13 +76,19 @@ class MemoryTracker:
             torch.cuda.reset_peak_memory_stats(self.device)
             return
         switch = Path("/proc/self/clear_refs")
-        if switch.exists():
+        with contextlib.suppress(OSError):  # not Linux, or a /proc that may not be written
             switch.write_text("5")  # "reset the peak resident set size", man 5 proc
 
 
-def peak_memory_metrics(peaks: dict[str, int]) -> dict[str, float]:
-    """Peak bytes by phase -> `train/peak_memory_gb`, the largest, and one metric a phase; GB of 10^9 bytes."""
-    by_phase = {f"train/{phase}_peak_memory_gb": peak / 1e9 for phase, peak in peaks.items()}
+def peak_memory_metrics(peaks: dict[str, int], asleep_gb: float = 0.0) -> dict[str, float]:
+    """Peak bytes by phase -> `train/peak_memory_gb`, the largest, and one metric a phase; GB of 10^9 bytes.
+
+    `asleep_gb` is what vLLM gave back while it slept: it unmaps that behind torch's allocator, which counts it on.
+    """
+    by_phase = {
+        f"train/{phase}_peak_memory_gb": peak / 1e9 - (asleep_gb if phase in PHASES_ASLEEP else 0.0)
+        for phase, peak in peaks.items()
+    }
     return {"train/peak_memory_gb": max(by_phase.values()), **by_phase} if by_phase else {}
 
 
@@ -119,7 +132,7 @@ def estimate_peak_memory(
     n_parameters = count_parameters(model_config)["total"]
     n_sequences = training.train_batch_size // training.gradient_accumulation_steps
     if training.max_tokens_per_microbatch is not None:
-        n_sequences = max(1, training.max_tokens_per_microbatch // longest_sequence)
+        n_sequences = max(1, min(training.train_batch_size, training.max_tokens_per_microbatch // longest_sequence))
     n_tokens = n_sequences * longest_sequence
     n_response_tokens = min(n_tokens, n_sequences * training.max_tokens)
 

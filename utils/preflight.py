@@ -10,6 +10,7 @@ from pathlib import Path
 
 from configs.defaults import Config
 from utils.config import ConfigError, to_dict, to_yaml_value
+from utils.engines import choose_engine
 from utils.memory import estimate_peak_memory
 
 # One of these is there wherever the NVIDIA driver is; asking torch would take seconds to import it. dxg is WSL's.
@@ -95,14 +96,18 @@ def shortfalls(config: Config) -> Iterator[str]:
         yield f"paths.model_path = {p.model_path!r}: no config.json there; {hint}"
     if t.device.startswith("cuda") and not any(map(Path.exists, map(Path, GPU_FILES))):
         yield f"training.device = {t.device!r}: no NVIDIA GPU here; set training.device=cpu"
+    try:
+        choose_engine(config)
+    except ValueError as error:
+        yield str(error)
     packages = [
         ("bitsandbytes", t.use_bnb_adamw8bit, "training.use_bnb_adamw8bit = true", "or set it to false"),
-        ("vllm", t.rollout_engine == "vllm", "training.rollout_engine = 'vllm'", "or set it to transformers"),
+        ("flash_attn", t.attention_type == "flash_attention_2", "attention_type flash_attention_2", "or take sdpa"),
         (
-            "flash_attn",
-            t.attention_type == "flash_attention_2",
-            "attention_type flash_attention_2",
-            "or set it to sdpa",
+            "flash_attn_interface",
+            t.attention_type == "flash_attention_3",
+            "attention_type flash_attention_3",
+            "or sdpa",
         ),
         ("wandb", bool(t.wandb_project), "training.wandb_project", "or empty it"),
     ]
@@ -153,8 +158,8 @@ def estimated_memory(config: Config) -> dict[str, int]:
         raise ValueError(f"{config.paths.model_path} is not on this machine, so its config.json cannot be read")
     on_gpu = t.device.startswith("cuda")
     longest = t.max_tokens + (t.max_prompt_tokens or ASSUMED_PROMPT)
-    uses_vllm = t.rollout_engine == "vllm" or (t.rollout_engine == "auto" and on_gpu)
-    return estimate_peak_memory(sizes, config, longest, (gpu_memory() or ASSUMED_GPU) if on_gpu else None, uses_vllm)
+    device_memory = (gpu_memory() or ASSUMED_GPU) if on_gpu else None
+    return estimate_peak_memory(sizes, config, longest, device_memory, choose_engine(config) == "vllm")
 
 
 def gpu_memory() -> int | None:
@@ -169,9 +174,9 @@ def gpu_memory() -> int | None:
 
 def _install(package: str) -> str:
     return {
-        "vllm": 'pip install -e ".[gpu]", or ".[cpu]" without a GPU',
         "bitsandbytes": "pip install bitsandbytes",
         "flash_attn": "pip install flash-attn --no-build-isolation",
+        "flash_attn_interface": "build FlashAttention 3 from its repository",
         "wandb": "pip install wandb",
     }[package]
 

@@ -103,6 +103,7 @@ class Run:
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Time a part of the step as `train/<name>_dt`, and note its peak memory."""
+        self.memory.start()
         started = time.perf_counter()
         yield
         if torch.cuda.is_initialized():
@@ -152,7 +153,7 @@ class Run:
             **update.metrics,
             **self._grading_metrics("train"),
             **self.step_metrics,
-            **peak_memory_metrics(self.memory.report()),
+            **peak_memory_metrics(self.memory.report(), self.step_metrics.get("train/sleep_freed_gb", 0.0)),
             "train/step_dt": seconds,
             "train/tokens_per_second": sampled_tokens / seconds,
         }
@@ -251,7 +252,7 @@ class Run:
                 estimate = f"{estimated_memory(self.config)['training_peak'] / 1e9:.2f} GB"
             except ValueError as error:
                 estimate = f"unknown ({error})"
-            self.log.note(f"peak memory while training: {measured_gb:.2f} GB, estimated {estimate}")
+            self.log.note(f"peak memory while training: {measured_gb:.2f} GB; the longest case, estimated: {estimate}")
 
     def _how_to_resume(self) -> str:
         newest = self.checkpoints.newest()

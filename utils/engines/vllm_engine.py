@@ -46,7 +46,7 @@ class VllmEngine:
         if self._sleep_level is not None and config.training.device == "cpu":
             logger.warning("vLLM can't sleep on the CPU: training.use_vllm_sleep_mode has no effect")
             self._sleep_level = None
-        self._asleep = False
+        self._asleep, self._warned_of_sleep = False, False
         free_before = free_gpu_bytes()
         self._llm = start_vllm(config, model, self._vocabulary_size, longest_prompt)
         self._bytes_at_start = free_before - free_gpu_bytes()
@@ -116,7 +116,8 @@ class VllmEngine:
         self._llm.sleep(level=self._sleep_level)
         self._asleep = True
         freed = free_gpu_bytes() - free_before
-        if freed < 0.5 * self._bytes_at_start:
+        if freed < 0.5 * self._bytes_at_start and not self._warned_of_sleep:
+            self._warned_of_sleep = True
             logger.warning(
                 "sleep freed %.2f GB of the %.2f GB that vLLM took as it started: another process may have taken memory"
                 " in between, or this vLLM release frees less (vllm#32714); training.use_vllm_sleep_mode=false goes"

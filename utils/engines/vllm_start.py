@@ -138,6 +138,8 @@ def quiet() -> Iterator[None]:
     finally:
         logging.disable(disabled)
         logging.getLogger("vllm").setLevel(logging.ERROR)
+        # this part warns of weights that a push did not fill
+        logging.getLogger("vllm.model_executor.model_loader").setLevel(logging.WARNING)
 
 
 def stop_vllm(llm: LLM) -> None:
