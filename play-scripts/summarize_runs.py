@@ -3,7 +3,8 @@
     python play-scripts/summarize_runs.py runs/lr_sweep
 
 A source is a run folder, a folder of run folders (`<run>/` or `<run>/seed_<n>/`), a long CSV (run_name, metric, step,
-value), or `wandb:entity/project`. What is missing or damaged is named, and the rest is shown.
+value), or `wandb:entity/project`. What is missing or damaged is named, and the rest is shown. `×` marks settings with a
+seed that collapsed: it counts with its last evaluation alone.
 """
 
 from __future__ import annotations

@@ -179,6 +179,67 @@ def test_names_too_long_for_labels_go_into_a_legend() -> None:
     figure, _ = draw_figure({"ours": runs})
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [run.name for run in runs]
     assert list(figure.axes[0].texts) == []
+    figure.draw_without_rendering()
+    box = figure.legends[0].get_window_extent()
+    assert figure.bbox.x0 <= box.x0 < box.x1 <= figure.bbox.x1
+
+
+def test_names_are_written_in_all_panels_or_in_none() -> None:
+    flat = {"eval/reward": {0: Point(0.0), 1: Point(0.5)}, "train/entropy": {1: Point(0.1), 2: Point(0.2)}}
+    for n, expected in ((3, 3), (40, 0)):  # 40 names are more than the second panel's height takes
+        names = [f"a_setting_of_a_long_name_{i}" for i in range(n)]
+        curves = {name: {m: c for m, c in flat.items() if m == "train/entropy" or name == names[0]} for name in names}
+        figure, _ = draw_figure({"ours": [Run(name, name, name, curves=curves[name]) for name in names]})
+        assert len(figure.axes[1].texts) == expected
+        assert len(figure.axes[0].texts) == min(1, expected)
+        assert bool(figure.legends) == (expected == 0)
+
+
+def test_leaders_start_left_of_the_names_and_names_stand_beside_early_ends() -> None:
+    """Two curves that end near each other early, and one that goes on."""
+    ends = {"a": (10, 0.5), "b": (16, 0.9), "c": (100, 0.5)}
+    runs = [
+        Run(name, name, name, curves={"eval/reward": {0: Point(0.4), x: Point(y)}}) for name, (x, y) in ends.items()
+    ]
+    figure, _ = draw_figure({"ours": runs}, ["eval/reward"])
+    figure.draw_without_rendering()
+    texts = {text.get_text(): text for text in figure.axes[0].texts}
+    starts = {name: Text.get_window_extent(text).x0 for name, text in texts.items()}
+    assert starts["a"] == pytest.approx(starts["b"])  # in one column, right of both
+    assert texts["a"].arrow_patch is not None  # and so too far from its end to be without a leader
+    assert texts["c"].arrow_patch is None
+    begin = texts["a"].arrow_patch.get_path().vertices[0]
+    assert abs(begin[0] - starts["a"]) < 3
+
+
+def test_scales(tmp_path: Path) -> None:
+    """Lengths that hardly change fill their panel; rewards begin at 0; decades are for means, not for single steps."""
+    curves = {
+        "eval/reward": {0: Point(0.8), 1: Point(0.9)},
+        "train/mean_response_length": {1: Point(20.0), 2: Point(20.5)},
+        "train/grad_norm": {i: Point(0.001 if i == 25 else 1.0) for i in range(50)},
+    }
+    figure, _ = draw_figure({"ours": [Run("a", "o", "p", curves=curves)]})
+    reward, length, norm = figure.axes
+    assert reward.get_ylim()[0] == 0
+    assert 19.9 < length.get_ylim()[0] < 20 < 20.5 < length.get_ylim()[1] < 20.6
+    assert norm.get_yscale() == "linear"  # 0.8 at the least, averaged over five
+    curves["train/grad_norm"] = {i: Point(0.01 if i > 25 else 1.0) for i in range(50)}
+    figure, _ = draw_figure({"ours": [Run("a", "o", "p", curves=curves)]})
+    assert figure.axes[2].get_yscale() == "log"
+
+
+def test_the_caption_says_what_is_drawn(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        write_run(tmp_path / "a" / f"seed_{seed}", [0.1, 0.2], lengths=False)
+    figure, _ = draw_figure({"ours": load_runs([tmp_path])[0]}, ["eval/reward"], window=1)
+    assert figure.get_supxlabel() == "mean over seeds, band from lowest to highest"
+    write_run(tmp_path / "a" / "seed_2", [0.1], "collapsed", lengths=False)
+    figure, _ = draw_figure({"ours": load_runs([tmp_path])[0]}, ["eval/reward"], window=1)
+    assert figure.get_supxlabel() == (
+        "mean over seeds, band from lowest to highest; thin: single seeds, where others have ended; × last value of a "
+        "run stopped as collapsed"
+    )
 
 
 @given(st.lists(st.floats(0, 300), max_size=20), st.floats(1, 12))
@@ -199,8 +260,8 @@ def test_spread_moves_only_what_it_must() -> None:
 
 
 def test_no_two_settings_look_alike() -> None:
-    found = looks([str(i) for i in range(42)])
-    assert len({(look.colour, look.dashes) for look in found.values()}) == 42
+    found = looks([str(i) for i in range(56)])
+    assert len({(look.colour, look.dashes) for look in found.values()}) == 56
 
 
 def test_names_and_order() -> None:
@@ -209,9 +270,17 @@ def test_names_and_order() -> None:
         "base_e1_tb256": "base",
         "question_only_e1_tb256": "question_only",
     }
-    for unchanged in (["a_b"], ["mean", "constant"], ["3e-5", "1e-5"], ["a_b", "a"], []):
+    assert short_names(["s_e4_clip", "s_e4_no_clip", "s_e1_clip"])["s_e4_no_clip"] == "e4_no_clip"  # e4_no beside e4
+    for unchanged in (["a_b"], ["with_std", "without_std"], ["mean", "constant"], ["3e-5", "1e-5"], ["a_b", "a"], []):
         assert short_names(unchanged) == {name: name for name in unchanged}
     assert in_order(["b", "1e-4", "3e-6", "a", "b", "1.5e-5"]) == ["3e-6", "1.5e-5", "1e-4", "b", "a"]
+    assert in_order(["f16_1e-4", "f16_3e-5", "f32_1e-4", "half", "f32_1e-5"]) == [
+        "f16_3e-5",
+        "f16_1e-4",
+        "f32_1e-5",
+        "f32_1e-4",
+        "half",
+    ]
 
 
 def test_bad_sources_are_named_and_the_rest_is_drawn(tmp_path: Path) -> None:
@@ -303,7 +372,7 @@ def test_summary_by_hand(tmp_path: Path) -> None:
     # two values at distance d: standard deviation d / sqrt 2, standard error d / 2
     assert (first.best.standard_error, first.last.standard_error) == pytest.approx((0.15, 0.05))
     assert (first.steps, first.seconds, first.endings) == (12, 120.0, {"finished": 1, "time_limit": 1})
-    assert second.cells() == ("b", "1", "0.250", "0.250", "0", "0 s", "collapsed")
+    assert second.cells() == ("b", "1", "0.250", "0.250 ×", "0", "0 s", "collapsed")
     assert "| a | 2 | 0.750 ± 0.150 | 0.550 ± 0.050 | 12 | 2 min | finished 1, time_limit 1 |" in markdown_table(
         [first]
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from utils.config import load_config
 from utils.history import Run, load_runs
 from utils.metrics_doc import METRICS
 from utils.published import ABLATIONS, Claim, find_ablation
-from utils.report import check, ending_sentence, sentences, write_report, write_top_page
+from utils.report import check, differences, direction, ending_sentence, sentences, write_report, write_top_page
 from utils.summary import summarize
 
 ROOT = Path(__file__).parents[1]
@@ -36,12 +37,12 @@ def runs_in(folder: Path) -> list[Run]:
 
 
 def std_dev_runs(folder: Path) -> None:
-    """Two settings of two seeds: last-five means 0.7, 0.8 against 0.5, 0.6; mean gradient norms 0.4, 0.6 in both."""
+    """Two settings of two seeds: last-five means 0.7, 0.8 against 0.5, 0.58; norms 0.4, 0.6 against 0.5, 0.5."""
     for name, seed, last, norms in (
         ("with_std", 1, 0.7, [0.2, 0.6]),
         ("with_std", 2, 0.8, [0.6, 0.6]),
-        ("without_std", 1, 0.5, [0.4, 0.4]),
-        ("without_std", 2, 0.6, [0.6, 0.6]),
+        ("without_std", 1, 0.5, [0.5, 0.5]),
+        ("without_std", 2, 0.58, [0.4, 0.6]),
     ):
         write_run(folder / name / f"seed_{seed}", [0.2, 0.9, *[last] * 5], norms, same_as="tiny/lr_sweep/3e-4")
 
@@ -51,18 +52,19 @@ def test_the_page_by_hand(tmp_path: Path) -> None:
     complaints = write_report(tmp_path / "runs", tmp_path / "out", "tiny/std_dev", "python run.py --seeds 2")
     assert complaints == []
     page = (tmp_path / "out" / "README.md").read_text()
-    # two values at distance 0.1: standard deviation 0.1 / sqrt 2, standard error 0.05; of the difference, sqrt 2 x 0.05
+    # two values at distance d have the standard error d / 2; the differences of seeds are 0.2, 0.22 and -0.1, 0.1
     for text in (
         "# tiny/std_dev\n\nShould advantages be divided by the standard deviation of their group?",
         "| with_std | 2 | 0.900 ± 0.000 | 0.750 ± 0.050 | 6 | 60 s | finished 2 |",
-        "| without_std | 2 | 0.900 ± 0.000 | 0.550 ± 0.050 | 6 | 60 s | finished 2 |",
-        "`with_std` ends highest, at 0.750 ± 0.050; `without_std` ends lowest, at 0.550 ± 0.050. No run was stopped as",
+        "| without_std | 2 | 0.900 ± 0.000 | 0.540 ± 0.040 | 6 | 60 s | finished 2 |",
+        "`with_std` ends highest, at 0.750 ± 0.050; `without_std` ends lowest, at 0.540 ± 0.040. No run was stopped as",
         "0.72 with the division, 0.65 without",
-        "| with the division reward ends higher | **yes**: 0.75 against 0.55, difference 0.2 ± 0.0707 |",
-        "| without it gradient norms are lower | **not to be told apart**: 0.5 against 0.5, difference 0 ± 0.141 |",
+        "| with the division reward ends higher | **yes**: 0.75 against 0.54, difference 0.21 ± 0.01 |",
+        "| without it gradient norms are lower | **cannot be told apart**: 0.5 against 0.5, difference 0 ± 0.1 |",
         "| run | `train/mean_response_length` | `train/entropy` | `train/grad_norm` |",
         "| with_std | – | – | 0.5 ± 0.1 |",
-        "`with_std` is the run `tiny/lr_sweep/3e-4`, whose config is the same; `without_std` is",
+        "as the config is the same: `with_std` is the run `tiny/lr_sweep/3e-4`, `without_std` is the run",
+        "judged seed by seed, by a paired t-test at 5 %, two-sided",
         "```bash\npython run.py --seeds 2\n```",
         "![eval/reward, train/mean_response_length, train/entropy, train/grad_norm over GRPO steps](figure.png)",
     ):
@@ -74,34 +76,72 @@ def test_the_page_by_hand(tmp_path: Path) -> None:
     assert again.curves["eval/reward"][1].value == 0.9
 
 
+def test_paired_t_tests_by_hand() -> None:
+    # differences 0.10, 0.08, 0.14: mean 0.1067, deviations -0.0067, -0.0267, 0.0333, standard error 0.0306 / sqrt 3 =
+    # 0.0176, t = 6.05 above 4.303; taken as independent, t would be 0.1067 / hypot(0.0577, 0.0481) = 1.42
+    a, b = {1: 0.70, 2: 0.80, 3: 0.90, 7: 0.0}, {3: 0.76, 2: 0.72, 1: 0.60, 9: 1.0}
+    assert differences(a, b) == pytest.approx([0.10, 0.08, 0.14])
+    assert direction(differences(a, b)) == 1
+    assert direction(differences(b, a)) == -1
+    assert direction([0.02, 0.05, 0.08]) == 0  # 0.05 / (0.03 / sqrt 3) = 2.89: beyond two standard errors, within 4.303
+    assert direction([0.05, 0.06]) == 0  # 0.055 / 0.005 = 11, within 12.706
+    assert direction([0.05, 0.058]) == 1  # 0.054 / 0.004 = 13.5
+    assert direction([0.0, 0.0, 0.0]) == 0
+    assert [direction(few) for few in ([], [0.3])] == [None, None]
+    # 41 differences of mean 1, half of them 1 + d, half 1 - d, one 1: standard error d / sqrt 41, judged by 2.262
+    assert [direction([1.0, *[1.0 + d, 1.0 - d] * 20]) for d in (2.7, 2.9)] == [1, 0]
+
+
 def test_sentences_say_who_collapsed_and_who_never_rose(tmp_path: Path) -> None:
-    for seed, shift in ((1, 0.0), (2, 0.02), (3, 0.01)):
-        write_run(tmp_path / "1e-4" / f"seed_{seed}", [0.2, *[0.60 + shift] * 5])
+    for seed, shift, uneven in ((1, 0.0, 0.01), (2, 0.02, -0.01), (3, 0.01, 0.03)):
+        write_run(tmp_path / "1e-4" / f"seed_{seed}", [0.2, *[0.61 + shift - uneven] * 5])
         write_run(tmp_path / "3e-4" / f"seed_{seed}", [0.2, *[0.61 + shift] * 5])
-        write_run(tmp_path / "3e-5" / f"seed_{seed}", [0.2, *[0.20 + shift - 0.01] * 5])
-        write_run(tmp_path / "1e-3" / f"seed_{seed}", [0.2, 0.1], ending="collapsed" if seed < 3 else "finished")
+        write_run(tmp_path / "1e-5" / f"seed_{seed}", [0.2, *[0.2 + uneven] * 5])
+        write_run(tmp_path / "3e-6" / f"seed_{seed}", [0.2, *[0.19 - uneven] * 5])
+        write_run(tmp_path / "3e-5" / f"seed_{seed}", [0.2, *[0.29 + uneven] * 5])
+        write_run(tmp_path / "1e-3" / f"seed_{seed}", [0.2, *[0.9] * 4, 0.1 * seed], ending="collapsed")
     runs = runs_in(tmp_path)
     assert sentences(runs, summarize(runs)[0]) == [
-        # 0.61 ± 0.006 and 0.62 ± 0.006: 0.01 is within two standard errors of the difference, 0.0082
-        "`3e-4` ends highest, at 0.620 ± 0.006, from which `1e-4` cannot be told apart; `1e-3` ends lowest, at "
-        "0.150 ± 0.000.",
-        "Stopped as collapsed: `1e-3` in 2 of 3 seeds; `3e-5` did not end above the first evaluation.",
+        # differences from 1e-4: 0.01, -0.01, 0.03, their mean 0.01 ± 0.0115; from 1e-3, of which the last evaluation
+        # counts: 0.51, 0.43, 0.32, 0.42 ± 0.055, t = 7.6; 3e-6 ends at 0.18, 0.20, 0.16
+        "`3e-4` ends highest, at 0.620 ± 0.006, from which `1e-4` cannot be told apart; `3e-6` ends lowest, at "
+        "0.180 ± 0.012.",
+        # the gains: 1e-5 0.01, -0.01, 0.03; 3e-6 -0.01 less those; 3e-5 0.09 more than 1e-5, 0.1 ± 0.0115, t = 8.7
+        "Stopped as collapsed: `1e-3` in 3 of 3 seeds; `3e-6` did not end above the first evaluation; `1e-5` cannot be "
+        "told to have risen above the first evaluation.",
     ]
-    verdicts = [check(claim, {name: [r for r in runs if r.name == name] for name in ("1e-3", "1e-4", "3e-4")})
-                for claim in find_ablation("tiny/lr_sweep").claims]  # fmt: skip
-    assert verdicts[0] == "**in part**: 2 of 3 seeds"
-    assert verdicts[1].startswith("**not to be told apart**: 0.62 against 0.61, difference 0.01 ± 0.0081")
-    assert verdicts[2] is None  # no 3e-5 was passed
+    settings = {name: [run for run in runs if run.name == name] for name in ("1e-3", "1e-4", "3e-4")}
+    verdicts = [check(claim, settings) for claim in find_ablation("tiny/lr_sweep").claims]
+    assert verdicts == [
+        "**yes**: 3 of 3 seeds",
+        "**cannot be told apart**: 0.62 against 0.61, difference 0.01 ± 0.0115",
+        None,  # no 3e-5 was passed
+    ]
+
+
+def test_a_collapsed_seed_counts_with_its_last_evaluation_and_is_marked(tmp_path: Path) -> None:
+    write_run(tmp_path / "hot" / "seed_1", [0.2, 0.9, 0.9, 0.9, 0.1], ending="collapsed")
+    write_run(tmp_path / "hot" / "seed_2", [0.2, 0.4, 0.5, 0.6, 0.7, 0.8])
+    write_run(tmp_path / "cold" / "seed_1", [0.3])
+    cold, hot = summarize(runs_in(tmp_path))[0]
+    assert hot.cells()[2:4] == ("0.850 ± 0.050", "0.350 ± 0.250 ×")  # 0.1, and the mean of 0.4, ..., 0.8
+    assert cold.cells()[3] == "0.300"
+    claim = Claim("", "hot", "collapses")
+    assert check(claim, {"hot": runs_in(tmp_path / "hot")}) == "**in part**: 1 of 2 seeds"
 
 
 def test_claims_the_other_way_round_and_equal(tmp_path: Path) -> None:
     std_dev_runs(tmp_path)
     settings = {name: [run for run in runs_in(tmp_path) if run.name == name] for name in ("with_std", "without_std")}
-    reward = "0.55 against 0.75, difference -0.2 ± 0.0707"
+    reward = "0.54 against 0.75, difference -0.21 ± 0.01"
     assert check(Claim("", "without_std", ">", "with_std"), settings) == f"**no**: {reward}"
     assert check(Claim("", "without_std", "=", "with_std"), settings) == f"**no**: {reward}"
-    same = check(Claim("", "with_std", "=", "without_std", "train/grad_norm"), settings)
-    assert same == "**yes**: 0.5 against 0.5, difference 0 ± 0.141"
+    noise = check(Claim("", "with_std", "=", "without_std", "train/grad_norm"), settings)
+    assert noise == "**cannot be told apart**: 0.5 against 0.5, difference 0 ± 0.1"
+    settings["twin"] = settings["with_std"]
+    assert check(Claim("", "with_std", "=", "twin"), settings) == "**yes**, equal in every seed: 0.75 against 0.75"
+    settings["others"] = [replace(run, seed=run.seed + 5) for run in settings["with_std"]]
+    assert check(Claim("", "with_std", ">", "others"), settings) == "**not to be judged**: no seed in common"
     assert check(Claim("", "with_std", "collapses"), settings) == "**no**: 0 of 2 seeds"
     assert check(Claim("", "with_std", ">", "without_std", "train/entropy"), settings) is None
 
@@ -112,8 +152,8 @@ def test_one_seed_is_not_judged(tmp_path: Path) -> None:
     runs = runs_in(tmp_path)
     first, second = sentences(runs, summarize(runs)[0])
     assert first == (
-        "`with_std` ends highest, at 0.500; `without_std` ends lowest, at 0.150; one seed cannot say which differences "
-        "are chance."
+        "`with_std` ends highest, at 0.500; `without_std` ends lowest, at 0.150; with fewer than two seeds in common, "
+        "`without_std` cannot be judged against it."
     )
     assert second == "No run was stopped as collapsed."
     (claim, _) = find_ablation("std_dev").claims

@@ -207,7 +207,7 @@ def test_one_that_fails_stops_no_other(
         assert line in said.out
     assert log.read_text().startswith("threads 1\n")
     page = (world / "results" / "roles" / "README.md").read_text()
-    assert "| collapses | 1 | 0.500 | 0.500 | 0 | 1 s | collapsed |" in page
+    assert "| collapses | 1 | 0.500 | 0.500 × | 0 | 1 s | collapsed |" in page
     assert "Stopped as collapsed: `collapses` in 1 of 1 seeds" in page
     assert "mistake/seed_1337: not finished, shown up to GRPO step 0" in said.err
 

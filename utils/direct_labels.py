@@ -13,9 +13,10 @@ from matplotlib.transforms import offset_copy
 HEIGHT = 9.5  # a line of text
 LETTER = 4.6  # the mean width of a letter
 GAP = 5  # between a curve's end and its name
-LEADER = 6  # the room for leader lines
+LEADER = 12  # the room for leader lines
 
 LEADER_FROM = 0.8  # a name moved by more than this many line heights gets a leader line
+COLUMN = 1 / 8  # of the panel's width: curves that end nearer than this have their names below each other
 WIDEST = 0.3  # of the panel's width, that a name may take
 
 
@@ -56,43 +57,82 @@ def _clamped(members: Sequence[int], wanted: Sequence[float], height: float, low
     return min(max(sum(wanted[i] for i in members) / len(members), low + half), high - half)
 
 
-def draw_labels(figure: Figure, axes: Axes, labels: Sequence[Label]) -> bool:
-    """Write the names to the right of the curves' ends; False, and nothing drawn, where there is no room for them.
+@dataclass(frozen=True)
+class Placed:
+    """Where a name is written, in points from (right, its curve's y)."""
+
+    label: Label
+    right: float
+    indent: float
+    moved: float
+    leader: bool
+
+
+def draw_labels(figure: Figure, panels: Sequence[tuple[Axes, Sequence[Label]]]) -> bool:
+    """Write the names to the right of the curves' ends; False, and nothing drawn, where a panel has no room for them.
 
     Curves that end early have their names inside the axes, those that reach the end to the right of it.
     """
     figure.draw_without_rendering()  # the scales are final after a layout
+    placed = [(axes, _place(figure, axes, labels)) for axes, labels in panels]
+    if any(names is None for _, names in placed):
+        return False
+    for axes, names in placed:
+        for name in names:
+            _write(figure, axes, name)
+    return True
+
+
+def _place(figure: Figure, axes: Axes, labels: Sequence[Label]) -> list[Placed] | None:
     box, points = axes.get_window_extent(), figure.dpi / 72
     height = HEIGHT * points
-    columns: dict[int, list[Label]] = {}
-    for label in labels:
-        x, _ = axes.transData.transform((label.x, label.y))
-        columns.setdefault(round(x / box.width * 8), []).append(label)
+    ends = {label: axes.transData.transform((label.x, label.y)) for label in labels}
+    columns: list[list[Label]] = []
+    for label in sorted(labels, key=lambda label: label.x):
+        if not columns or ends[label][0] - ends[columns[-1][-1]][0] > COLUMN * box.width:
+            columns.append([])
+        columns[-1].append(label)
     placed = []
-    for column in columns.values():
+    for column in columns:
         if max(len(label.text) for label in column) * LETTER * points > box.width * WIDEST:
-            return False
-        wanted = [min(max(axes.transData.transform((label.x, label.y))[1], box.y0), box.y1) for label in column]
+            return None
+        wanted = [min(max(ends[label][1], box.y0), box.y1) for label in column]
         places = spread(wanted, height, box.y0, box.y1)
         if places is None:
-            return False
+            return None
         moves = [(place - want) / points for want, place in zip(wanted, places, strict=True)]
-        indent = LEADER if any(abs(moved) > LEADER_FROM * HEIGHT for moved in moves) else 0.0
-        right = max(label.x for label in column)
-        placed += [(label, right, indent, moved) for label, moved in zip(column, moves, strict=True)]
-    for label, right, indent, moved in placed:
-        beside = offset_copy(axes.transData, figure, x=GAP + indent, y=moved, units="points")
-        leader = {"arrowstyle": "-", "color": label.colour, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 3}
-        axes.annotate(
-            label.text,
-            (label.x, label.y),
-            xytext=(right, label.y),
-            textcoords=beside,
-            va="center",
-            color=label.colour,
-            fontsize=8,
-            annotation_clip=False,
-            arrowprops=leader if abs(moved) > LEADER_FROM * HEIGHT else None,
-            bbox={"boxstyle": "square,pad=0.05", "facecolor": "white", "edgecolor": "none", "alpha": 0.7},
-        )
-    return True
+        right = column[-1].x
+        gaps = [ends[column[-1]][0] - ends[label][0] for label in column]
+        led = [
+            abs(moved) > LEADER_FROM * HEIGHT or gap > 2 * GAP * points for moved, gap in zip(moves, gaps, strict=True)
+        ]
+        indent = LEADER if any(led) else 0.0
+        placed += [
+            Placed(label, right, indent, moved, leader) for label, moved, leader in zip(column, moves, led, strict=True)
+        ]
+    return placed
+
+
+def _write(figure: Figure, axes: Axes, name: Placed) -> None:
+    label = name.label
+    # from the left of the name, so that it crosses no other name
+    leader = {
+        "arrowstyle": "-",
+        "color": label.colour,
+        "linewidth": 0.6,
+        "relpos": (0, 0.5),
+        "shrinkA": 0,
+        "shrinkB": 2,
+    }
+    axes.annotate(
+        label.text,
+        (label.x, label.y),
+        xytext=(name.right, label.y),
+        textcoords=offset_copy(axes.transData, figure, x=GAP + name.indent, y=name.moved, units="points"),
+        va="center",
+        color=label.colour,
+        fontsize=8,
+        annotation_clip=False,
+        arrowprops=leader if name.leader else None,
+        bbox={"boxstyle": "square,pad=0.05", "facecolor": "white", "edgecolor": "none", "alpha": 0.85},
+    )

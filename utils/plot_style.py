@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-# Okabe and Ito's colours (2008), told apart with any common colour blindness, dark before light; the dashes and markers
-# tell the same curves apart without colour.
-COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-DASHES = ("-", (0, (6, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)), (0, (10, 2)), (0, (3, 1.5)))
+# Okabe and Ito's colours (2008), told apart with any common colour blindness, dark before light, and a grey; the dashes
+# and markers tell the same curves apart without colour.
+COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
+DASHES = ("-", (0, (6, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)), (0, (10, 2)), (0, (3, 1.5)), (0, (6, 2, 1, 2, 1, 2)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 
 STYLE = {
@@ -38,7 +37,7 @@ class Look:
 
 
 def looks(names: Sequence[str]) -> dict[str, Look]:
-    """A look for each name: colours, dashes and markers repeat after 7, 6 and 9, so that no look comes twice."""
+    """A look for each name: colours, dashes and markers repeat after 8, 7 and 9, so that no look comes twice."""
     return {
         name: Look(COLOURS[i % len(COLOURS)], DASHES[i % len(DASHES)], MARKERS[i % len(MARKERS)])
         for i, name in enumerate(names)
@@ -46,14 +45,20 @@ def looks(names: Sequence[str]) -> dict[str, Look]:
 
 
 def short_names(names: Sequence[str]) -> dict[str, str]:
-    """Names without the words that all begin or end with: lr_sweep_1e-6 and lr_sweep_3e-6 are 1e-6 and 3e-6."""
+    """Names without the words that all begin or end with: lr_sweep_1e-6 and lr_sweep_3e-6 are 1e-6 and 3e-6.
+
+    An ending stays where a name would be the beginning of another without it: clip and no_clip are not "" and "no".
+    """
     words = {name: re.split(r"(?<=[_/])", name) for name in names}
     if len(words) < 2:
         return {name: name for name in names}
     shortest = min(len(parts) for parts in words.values()) - 1  # a name keeps one word at least
     front = _agreeing(list(words.values()), shortest)
     back = _agreeing([parts[::-1] for parts in words.values()], shortest - front)
-    return {name: "".join(parts[front : len(parts) - back]).rstrip("_/") for name, parts in words.items()}
+    short = {name: "".join(parts[front : len(parts) - back]).rstrip("_/") for name, parts in words.items()}
+    if any(a != b and b.startswith(a) for a in short.values() for b in short.values()):
+        short = {name: "".join(parts[front:]) for name, parts in words.items()}
+    return short
 
 
 def _agreeing(lists: Sequence[Sequence[str]], most: int) -> int:
@@ -65,13 +70,8 @@ def _agreeing(lists: Sequence[Sequence[str]], most: int) -> int:
 
 
 def in_order(names: Iterable[str]) -> list[str]:
-    """Numbers by size, then the other names as they come."""
+    """Numbers by size, then the other names as they come, but those that differ in a last number alone by its size."""
     unique = list(dict.fromkeys(names))
-
-    def key(name: str) -> tuple[float, int]:
-        try:
-            return float(name), 0
-        except ValueError:
-            return math.inf, unique.index(name)
-
-    return sorted(unique, key=key)
+    parts = {name: re.fullmatch(r"(.*?)(\d+(?:\.\d+)?(?:e[-+]?\d+)?)?", name, re.DOTALL).groups() for name in unique}
+    stems = ["", *(stem for stem, _ in parts.values())]
+    return sorted(unique, key=lambda name: (stems.index(parts[name][0]), float(parts[name][1] or 0)))

@@ -20,6 +20,8 @@ AXES = {"grpo_step": "GRPO steps", "optimizer_step": "optimizer steps", "time": 
 DEFAULT_METRICS = ("eval/reward", "train/mean_response_length", "train/entropy", "train/grad_norm")
 SMOOTHED_FROM = 8  # windows in a curve: in a shorter one the average would hide what happens
 MOST_MARKED = 60  # curves of more points have no markers
+LEGEND_LETTER, LEGEND_HANDLE = 5.5, 45  # points: the width of a letter, and of all else of an entry
+BY_DECADES = ("grad_norm", "sampler_kl")
 MARKED_ENDINGS = ("collapsed",)  # a cross where the curve stops
 
 
@@ -113,8 +115,7 @@ def _draw(
         figure.suptitle(title, fontsize=11)
     caption = _caption(columns, metrics, window)
     footer = figure.supxlabel(caption, fontsize=7.5, color="#555555", x=0.01, ha="left")
-    labelled = [draw_labels(figure, axes, labels) for axes, labels in ends]
-    if not all(labelled):
+    if not draw_labels(figure, ends):
         footer.remove()
         _draw_legend(figure, look, caption)
     return figure, list(dict.fromkeys(complaints))
@@ -162,7 +163,7 @@ def draw_panel(
             if run.ending in MARKED_ENDINGS:
                 _mark_end(axes, run, metric, axis, scale, style)
     axes.set_xlabel(unit)
-    axes.xaxis.set_major_locator(MaxNLocator(8, integer=axis != "time"))
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=axis != "time", steps=[1, 2, 5, 10]))
     _choose_scale(axes, metric)
     axes.margins(x=0.01)
     return labels, complaints
@@ -211,19 +212,21 @@ def _unit(runs: Sequence[Run], axis: str) -> tuple[str, float]:
 
 
 def _choose_scale(axes: Axes, metric: str) -> None:
-    """Rewards and shares from 0; the gradient norm by decades where a collapse spans several."""
-    values = [v for line in axes.get_lines() for v in line.get_ydata() if not math.isnan(v)]
-    if metric.endswith("grad_norm") and values and min(values) > 0 and max(values) > 30 * min(values):
+    """By decades where the means of a BY_DECADES metric span several; else rewards from 0, and what gets near it."""
+    curves = [line for line in axes.get_lines() if line.get_alpha() is None]  # those as logged are faint
+    values = [v for line in curves for v in line.get_ydata() if not math.isnan(v)]
+    if metric.endswith(BY_DECADES) and values and min(values) > 0 and max(values) > 30 * min(values):
         axes.set_yscale("log")
-    elif values and min(values) >= 0:
+    elif values and min(values) >= 0 and (metric.endswith("reward") or min(values) < max(values) / 2):
         axes.set_ylim(0, 1.05 * axes.dataLim.y1 or 1)
 
 
 def _draw_legend(figure: Figure, look: dict[str, Look], caption: str) -> None:
     """All names below the panels, for panels that have no room for them."""
-    lines = {line.get_label(): line for axes in figure.axes for line in axes.get_lines()}
+    lines = {line.get_label(): line for axes in reversed(figure.axes) for line in axes.get_lines()}
     drawn = [name for name in look if name in lines]
-    n_columns = 4 if figure.get_figwidth() > 8 else 2
+    entry = max(map(len, drawn)) * LEGEND_LETTER + LEGEND_HANDLE
+    n_columns = max(1, min(4, int(figure.get_figwidth() * 72 / entry)))
     figure.set_figheight(figure.get_figheight() + 0.2 * math.ceil(len(drawn) / n_columns))
     options = {"ncols": n_columns, "frameon": False, "title": caption, "title_fontsize": 7.5}
     figure.legend([lines[name] for name in drawn], drawn, loc="outside lower center", **options)
@@ -232,12 +235,15 @@ def _draw_legend(figure: Figure, look: dict[str, Look], caption: str) -> None:
 def _caption(columns: dict[str, Sequence[Run]], metrics: Sequence[str], window: int) -> str:
     runs = [run for column in columns.values() for run in column]
     parts = []
-    if len({(run.name, run.origin) for run in runs}) < len(runs):
-        parts.append("mean over seeds, band from lowest to highest; single curves where other seeds have ended")
+    settings = [(run.name, run.origin) for run in runs]
+    if len(set(settings)) < len(runs):
+        parts.append("mean over seeds, band from lowest to highest")
+    if len({*zip(settings, (run.last_step for run in runs), strict=True)}) > len(set(settings)):
+        parts.append("thin: single seeds, where others have ended")
     if window > 1 and any(metric.startswith("train/") for metric in metrics):
         parts.append(f"train/* of {SMOOTHED_FROM * window} points or more averaged over {window}, faint as logged")
     if any(run.ending in MARKED_ENDINGS for run in runs):
-        parts.append("× stopped as collapsed")
+        parts.append("× last value of a run stopped as collapsed")
     return "; ".join(parts)
 
 
@@ -273,7 +279,7 @@ def reward_curve(run_dir: Path) -> Path:
         axes.set(xlabel=AXES["grpo_step"], ylabel="mean reward")
         _choose_scale(axes, "eval/reward")
         axes.margins(x=0.01)
-        draw_labels(figure, axes, labels)
+        draw_labels(figure, [(axes, labels)])
         path = Path(run_dir) / "reward_curve.png"
         figure.savefig(path)
     return path

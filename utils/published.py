@@ -15,11 +15,12 @@ GRAD_NORM, LENGTH, CLIPPED, MOVED = (
     "train/clip_fraction",
     "train/frac_weights_moved",
 )
+RATIO, SAMPLER_KL = "train/mean_ratio", "train/sampler_kl"
 
 
 @dataclass(frozen=True)
 class Claim:
-    """`run` ends above `other` in `metric` (">"), like it ("="), or collapses."""
+    """`run` ends above `other` in `metric` (">"), equal to it ("="), or collapses."""
 
     text: str
     run: str
@@ -108,7 +109,7 @@ ABLATIONS = {
         "Most settings end at 0.55 to 0.65 after 50 steps; 4 epochs in minibatches of 64 (16 optimizer steps a GRPO "
         "step) collapse: the gradient spikes, length falls to about 100.",
         (Claim("16 optimizer steps a GRPO step collapse", "e4_tb64_ga16", "collapses"),),
-        (CLIPPED,),
+        (CLIPPED, RATIO),
     ),
     "tiny/off_policy_sweep": Ablation(
         OFF_POLICY_QUESTION,
@@ -119,7 +120,7 @@ ABLATIONS = {
             Claim("on-policy ends above 2 minibatches", "e1_tb256", ">", "e1_tb128"),
             Claim("on-policy ends above 2 epochs", "e1_tb256", ">", "e2_tb256"),
         ),
-        (CLIPPED,),
+        (CLIPPED, RATIO),
     ),
     "off_policy_full_sweep": Ablation(
         OFF_POLICY_QUESTION,
@@ -128,13 +129,13 @@ ABLATIONS = {
             Claim("on-policy ends above 2 minibatches", "e1_tb256_ga64", ">", "e1_tb128_ga32"),
             Claim("on-policy ends above 2 epochs", "e1_tb256_ga64", ">", "e2_tb256_ga64"),
         ),
-        (CLIPPED,),
+        (CLIPPED, RATIO),
     ),
     "clip_ablation": Ablation(
         "Is clipping the ratio needed?",
         "On-policy the two losses are the same, as the ratio is 1.",
         (Claim("on-policy, clipping changes nothing", "e1_tb256_clip", "=", "e1_tb256_no_clip"),),
-        (CLIPPED,),
+        (CLIPPED, RATIO),
     ),
     "prompt": Ablation(
         "Which prompt, with its reward function, goes further?",
@@ -167,7 +168,7 @@ ABLATIONS = {
     ),
     "precision": Ablation(
         "At which learning rate does each precision of weights and optimizer state stop learning?",
-        also_drawn=(MOVED,),
+        also_drawn=(MOVED, SAMPLER_KL),
     ),
 }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,11 +14,23 @@ from utils.plot_style import in_order
 from utils.plotting import DEFAULT_METRICS, draw_figure, save_figure
 from utils.published import SOURCE, Ablation, Claim, find_ablation
 from utils.run_files import STATUS_FILE, write_atomically
-from utils.summary import LAST, Estimate, Summary, estimate, markdown_table, summarize
+from utils.summary import (
+    COLLAPSED,
+    LAST,
+    Estimate,
+    Summary,
+    end_value,
+    estimate,
+    finite,
+    markdown_table,
+    summarize,
+)
 
 REWARD = "eval/reward"
 ALSO_KEPT = ("eval/format_reward", "eval/answer_reward", "train/reward")  # in metrics.csv beside what is drawn
-COUNTS_FROM = 2.0  # standard errors
+# Two-sided 5 % points of Student's t by degrees of freedom: NIST/SEMATECH e-Handbook of Statistical Methods, 1.3.6.7.2
+T_CRITICAL = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+CANNOT_TELL = "cannot be told apart"
 SHOWS = "What the data shows"
 TOP_MARKERS = ("<!-- ablations -->", "<!-- /ablations -->")
 
@@ -64,14 +75,17 @@ def describe(
         f"![{', '.join(drawn)} over GRPO steps](figure.png)",
         markdown_table(summaries),
         f"`{REWARD}` on held-out problems, mean over seeds ± standard error: the best evaluation, and the mean of the "
-        f"last {LAST}, which reach back to before its collapse in a run that was stopped early. A difference counts "
-        f"from {COUNTS_FROM:g} standard errors of it on. `time` is of one run.",
+        f"last {LAST} (×: of a seed that was stopped as collapsed, its last evaluation alone). Differences are judged "
+        "seed by seed, by a paired t-test at 5 %, two-sided, not corrected for the number of pairs. `time` is of one "
+        "run.",
         *same_runs(runs),
         f"## {SHOWS}",
         " ".join(sentences(runs, summaries)),
         *published_parts(ablation, runs),
         "## Means over all GRPO steps",
         means_table(runs, [metric for metric in drawn if metric.startswith("train/")]),
+        "Entropy, clip fraction and the like are of the tokens trained on: with `skip_zero_advantage`, responses whose "
+        "advantage is 0 are not among them, and a step with no others has no value.",
         "## Made by",
         f"```bash\n{commands}\n```",
         "`metrics.csv` holds the curves that are drawn, and the rewards: run_name, seed, metric, step, value.",
@@ -84,36 +98,41 @@ def same_runs(runs: Sequence[Run]) -> list[str]:
     same = {}
     for run in runs:
         path = Path(run.place) / STATUS_FILE
-        other = json.loads(path.read_text()).get("same_as") if run.ending in ("finished", "collapsed") else None
+        other = json.loads(path.read_text()).get("same_as") if run.ending in ("finished", COLLAPSED) else None
         if other:
             same[run.name] = other
-    lines = [f"`{name}` is the run `{other}`, whose config is the same" for name, other in same.items()]
-    return ["; ".join(lines) + "."] if lines else []
+    pairs = [f"`{name}` is the run `{other}`" for name, other in same.items()]
+    return [f"Run once for two ablations, as the config is the same: {', '.join(pairs)}."] if pairs else []
 
 
 def by_setting(runs: Sequence[Run]) -> dict[str, list[Run]]:
     return {name: [run for run in runs if run.name == name] for name in in_order(run.name for run in runs)}
 
 
-def finite(run: Run, metric: str) -> list[float]:
-    """The metric's values in the order of their steps, without those that were not finite."""
-    return [point.value for _, point in sorted(run.curves.get(metric, {}).items()) if not math.isnan(point.value)]
+def by_seed(seeds: Sequence[Run], metric: str) -> dict[int | None, float]:
+    """A value for each seed that has any: of `eval/*` where it ended, of `train/*` the mean of all GRPO steps."""
+    with_it = [run for run in seeds if finite(run, metric)]
+    evaluated = metric.startswith("eval/")
+    return {run.seed: end_value(run, metric) if evaluated else fmean(finite(run, metric)) for run in with_it}
 
 
-def measure(seeds: Sequence[Run], metric: str) -> Estimate | None:
-    """Over seeds: of `eval/*` the mean of the last evaluations, of `train/*` the mean of all GRPO steps."""
-    values = [finite(run, metric)[-LAST:] if metric.startswith("eval/") else finite(run, metric) for run in seeds]
-    return estimate([fmean(found) for found in values if found])
+def differences(a: dict[int | None, float], b: dict[int | None, float]) -> list[float]:
+    """a - b for each seed that both have: it gave them the same problems, in order, and the same evaluations."""
+    return [a[seed] - b[seed] for seed in a if seed in b]
 
 
-def difference(a: Estimate, b: Estimate) -> Estimate:
-    """a - b of independent estimates; its standard error is None where one of theirs is."""
-    known = a.standard_error is not None and b.standard_error is not None
-    return Estimate(a.mean - b.mean, math.hypot(a.standard_error, b.standard_error) if known else None)
+def direction(differences: Sequence[float]) -> int | None:
+    """1 or -1 where a t-test at 5 % tells the mean from zero, 0 where it cannot, None with fewer than two seeds.
 
-
-def counts(gap: Estimate) -> bool:
-    return gap.standard_error is not None and abs(gap.mean) > COUNTS_FROM * gap.standard_error
+    Above the table's degrees of freedom its last value stands, which is a little stricter.
+    """
+    if len(differences) < 2:
+        return None
+    gap = estimate(differences)
+    critical = T_CRITICAL[min(len(differences) - 1, max(T_CRITICAL))]
+    if abs(gap.mean) <= critical * gap.standard_error:
+        return 0
+    return 1 if gap.mean > 0 else -1
 
 
 def sentences(runs: Sequence[Run], summaries: Sequence[Summary]) -> list[str]:
@@ -121,34 +140,36 @@ def sentences(runs: Sequence[Run], summaries: Sequence[Summary]) -> list[str]:
     ranked = sorted((s for s in summaries if s.last is not None), key=lambda s: -s.last.mean)
     if not ranked:
         return [f"No run has `{REWARD}`.", ending_sentence(runs)]
-    best = ranked[0]
+    best, lowest = ranked[0], ranked[-1]
+    ends = {name: by_seed(seeds, REWARD) for name, seeds in by_setting(runs).items()}
+    against = {s.name: direction(differences(ends[best.name], ends[s.name])) for s in ranked[1:]}
+    like, unjudged = ([name for name, found in against.items() if found == kind] for kind in (0, None))
     first = f"`{best.name}` ends highest, at {best.last}"
-    gaps = {s.name: difference(best.last, s.last) for s in ranked[1:]}
-    like = [name for name, gap in gaps.items() if gap.standard_error is not None and not counts(gap)]
     if like:
-        first += f", from which {listed(like)} cannot be told apart"
-    lowest = ranked[-1]
+        first += f", from which {listed(like)} {CANNOT_TELL}"
     if len(ranked) > 1 and lowest.name not in like:
         first += f"; `{lowest.name}` ends lowest, at {lowest.last}"
-    if best.last.standard_error is None:
-        first += "; one seed cannot say which differences are chance"
+    if unjudged:
+        first += f"; with fewer than two seeds in common, {listed(unjudged)} cannot be judged against it"
     return [first + ".", ending_sentence(runs)]
 
 
 def ending_sentence(runs: Sequence[Run]) -> str:
     """Which settings were stopped as collapsed, and which others did not rise above their first evaluation."""
-    collapsed, flat = {}, []
+    collapsed, flat, unclear = [], [], []
     for name, seeds in by_setting(runs).items():
-        n_collapsed = sum(run.ending == "collapsed" for run in seeds)
+        n_collapsed = sum(run.ending == COLLAPSED for run in seeds)
+        gains = [end_value(run, REWARD) - values[0] for run in seeds if (values := finite(run, REWARD))]
         if n_collapsed:
-            collapsed[name] = f"`{name}` in {n_collapsed} of {len(seeds)} seeds"
-            continue
-        gains = [fmean(values[-LAST:]) - values[0] for run in seeds if (values := finite(run, REWARD))]
-        gain = estimate(gains)
-        if gain is not None and gain.standard_error is not None and not (counts(gain) and gain.mean > 0):
-            flat.append(name)
-    text = f"Stopped as collapsed: {', '.join(collapsed.values())}" if collapsed else "No run was stopped as collapsed"
-    return text + (f"; {listed(flat)} did not end above the first evaluation." if flat else ".")
+            collapsed.append(f"`{name}` in {n_collapsed} of {len(seeds)} seeds")
+        elif direction(gains) in (0, -1):
+            (unclear if fmean(gains) > 0 else flat).append(name)
+    parts = [f"Stopped as collapsed: {', '.join(collapsed)}" if collapsed else "No run was stopped as collapsed"]
+    if flat:
+        parts.append(f"{listed(flat)} did not end above the first evaluation")
+    if unclear:
+        parts.append(f"{listed(unclear)} cannot be told to have risen above the first evaluation")
+    return "; ".join(parts) + "."
 
 
 def listed(names: Sequence[str]) -> str:
@@ -172,19 +193,25 @@ def check(claim: Claim, settings: dict[str, list[Run]]) -> str | None:
     if not seeds:
         return None
     if claim.relation == "collapses":
-        n = sum(run.ending == "collapsed" for run in seeds)
+        n = sum(run.ending == COLLAPSED for run in seeds)
         return f"**{'yes' if n == len(seeds) else 'no' if n == 0 else 'in part'}**: {n} of {len(seeds)} seeds"
-    a, b = measure(seeds, claim.metric), measure(settings.get(claim.other, []), claim.metric)
-    if a is None or b is None:
+    a, b = by_seed(seeds, claim.metric), by_seed(settings.get(claim.other, []), claim.metric)
+    if not a or not b:
         return None
-    gap = difference(a, b)
-    numbers = f"{significant(a.mean)} against {significant(b.mean)}"
-    if gap.standard_error is None:
+    gaps = differences(a, b)
+    if not gaps:
+        return "**not to be judged**: no seed in common"
+    means = (fmean(values[seed] for seed in a if seed in b) for values in (a, b))
+    numbers = " against ".join(map(significant, means))
+    found = direction(gaps)
+    if found is None:
         return f"**not to be judged**, one seed: {numbers}"
-    numbers += f", difference {significant(gap.mean)} ± {significant(gap.standard_error)}"
-    if not counts(gap):
-        return f"**{'yes' if claim.relation == '=' else 'not to be told apart'}**: {numbers}"
-    return f"**{'yes' if claim.relation == '>' and gap.mean > 0 else 'no'}**: {numbers}"
+    if claim.relation == "=" and not any(gaps):
+        return f"**yes**, equal in every seed: {numbers}"
+    numbers += f", difference {measured(estimate(gaps))}"
+    if found == 0:
+        return f"**{CANNOT_TELL}**: {numbers}"
+    return f"**{'yes' if claim.relation == '>' and found == 1 else 'no'}**: {numbers}"
 
 
 def significant(value: float) -> str:
@@ -200,7 +227,7 @@ def means_table(runs: Sequence[Run], metrics: Sequence[str]) -> str:
     """A row a setting, a column a metric: the mean over GRPO steps and seeds, ± the standard error over seeds."""
     rows = [("run", *(f"`{metric}`" for metric in metrics)), ("---",) * (len(metrics) + 1)]
     for name, seeds in by_setting(runs).items():
-        found = [measure(seeds, metric) for metric in metrics]
+        found = [estimate([*by_seed(seeds, metric).values()]) for metric in metrics]
         rows.append((name, *map(measured, found)))
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 

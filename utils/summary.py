@@ -13,6 +13,7 @@ from utils.plot_style import in_order
 
 LAST = 5  # evaluations that the last mean is taken over
 HEADER = ("run", "seeds", "best", f"last {LAST}", "steps", "time", "ended")
+COLLAPSED = "collapsed"
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Summary:
     name: str
     n_seeds: int
     best: Estimate | None  # of each seed's highest value
-    last: Estimate | None  # of each seed's mean over its last evaluations
+    last: Estimate | None  # of each seed's `end_value`
     steps: int  # most GRPO steps of a seed
     seconds: float | None  # mean over the seeds; None where nobody measured
     endings: dict[str, int]
@@ -42,6 +43,7 @@ class Summary:
         """The row under HEADER, as text."""
         endings = ", ".join(f"{name} {n}" if self.n_seeds > 1 else name for name, n in sorted(self.endings.items()))
         best, last = ("–" if e is None else str(e) for e in (self.best, self.last))
+        last += " ×" if self.last is not None and COLLAPSED in self.endings else ""
         return self.name, str(self.n_seeds), best, last, str(self.steps), format_time(self.seconds), endings
 
 
@@ -50,6 +52,19 @@ def estimate(values: Sequence[float]) -> Estimate | None:
     if not values:
         return None
     return Estimate(fmean(values), stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None)
+
+
+def finite(run: Run, metric: str) -> list[float]:
+    """The metric's values in the order of their steps, without those that were not finite."""
+    return [point.value for _, point in sorted(run.curves.get(metric, {}).items()) if not math.isnan(point.value)]
+
+
+def end_value(run: Run, metric: str) -> float:
+    """Where an evaluated metric ended: the mean of the last evaluations, or the last alone of a collapsed run.
+
+    A collapsed run was stopped soon after, so that a mean would be of evaluations from before. Expects a finite value.
+    """
+    return fmean(finite(run, metric)[-1 if run.ending == COLLAPSED else -LAST :])
 
 
 def summarize(runs: Sequence[Run], metric: str = "eval/reward") -> tuple[list[Summary], list[str]]:
@@ -62,13 +77,12 @@ def summarize(runs: Sequence[Run], metric: str = "eval/reward") -> tuple[list[Su
         seeds = settings[name]
         best, last = [], []
         for run in seeds:
-            curve = run.curves.get(metric, {})
-            values = [curve[step].value for step in sorted(curve) if not math.isnan(curve[step].value)]
+            values = finite(run, metric)
             if not values:
                 complaints.append(f"{run.place}: {run.name} has no {metric}")
                 continue
             best.append(max(values))
-            last.append(fmean(values[-LAST:]))
+            last.append(end_value(run, metric))
         times = [run.seconds for run in seeds if run.seconds is not None]
         endings = dict(Counter(run.ending for run in seeds))
         steps = max(run.last_step for run in seeds)
