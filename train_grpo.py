@@ -48,6 +48,8 @@ def train(run: Run) -> Status:
         prompts = run.problem_stream.draw(t.rollout_batch_size // t.group_size)
         with run.phase("rollout"):
             rollouts = run.engine.generate(prompts, n=t.group_size, seed=derive_seed(t.seed, "rollouts", step))
+        if run.stop.requested:
+            continue
         run.check_engine(rollouts)
         run.sleep_engine()
         with run.phase("grading"):

@@ -37,7 +37,7 @@ class Paths:
 class Training:
     """The algorithm, its optimizer, and how often to look at it."""
 
-    seed: int = option(1337, "seed of every random stream", low=0)
+    seed: int = option(1337, "seed of every random stream", low=0, high=2**63 - 1)
     device: str = option("cuda:0", "where the policy trains: cuda:0, cpu, ...")
     dtype: str = option("bfloat16", "dtype of weights, gradients and optimizer state", choices=["bfloat16", "float32"])
     autocast_dtype: str | None = option(

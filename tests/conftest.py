@@ -16,8 +16,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from utils import tiny
+
+settings.register_profile("no_deadline", deadline=None)  # a busy machine is no bug
+settings.load_profile("no_deadline")
 
 torch.set_num_threads(1)
 

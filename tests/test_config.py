@@ -85,7 +85,7 @@ def test_numbers_as_people_write_them() -> None:
     assert (t.learning_rate, t.eval_interval, t.cliprange) == (3e-5, None, 0.2)
 
 
-@given(st.floats(1e-12, 1.0), st.integers(0, 2**31), st.lists(st.text(max_size=5), max_size=3))
+@given(st.floats(1e-12, 1.0), st.integers(0, 2**31), st.lists(st.text(min_size=1, max_size=5), max_size=3))
 def test_a_saved_config_loads_the_same(tmp_path_factory, rate: float, seed: int, stop: list[str]) -> None:
     config = Config(training=Training(learning_rate=rate, seed=seed, stop=stop))
     path = tmp_path_factory.mktemp("saved") / "config.yaml"

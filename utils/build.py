@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -66,6 +67,8 @@ def build_run(config: Config, resume: bool, allow_changes: bool, stop: StopReque
     state = TrainState(problem_stream=problem_stream.state_dict())
     if checkpoint is not None:
         state = checkpoints.load(checkpoint, optimizer)
+        if state.skipped_in_a_row >= t.max_nonfinite_steps:  # what ended the run; a resume is another try
+            state = replace(state, skipped_in_a_row=0)
         problem_stream.load_state_dict(state.problem_stream)
         guard.load_state_dict(state.guard)
         advisor.load_state_dict(state.advisor)

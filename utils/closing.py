@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 
 from utils.ending import Status
@@ -27,9 +29,13 @@ def closing_lines(output_dir: Path, status: Status) -> list[str]:
     ]
     if (output_dir / "checkpoints/last").exists():
         commands.insert(0, f"  python play-scripts/evaluate.py {output_dir}/checkpoints/last")
-    resume = "  the same command with --resume, to go on"
+    resume = "  the same command with --resume"
     if status == Status.FINISHED:
-        commands.append(resume + " with more steps")
+        commands.append(f"{resume} and a larger training.n_grpo_steps, to go on")
+    elif status in (Status.COLLAPSED, Status.NONFINITE):
+        commands.insert(0, "  a lower training.learning_rate in another output_dir, or the best checkpoint as a start")
     else:
-        commands.insert(0, resume)
+        commands.insert(0, f"{resume}, to go on")
+    if sys.prefix == sys.base_prefix or "VIRTUAL_ENV" not in os.environ:
+        commands.insert(0, "  source .venv/bin/activate")
     return [*files, "what to try next:", *commands]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping
@@ -77,7 +78,7 @@ def _file_leaves(path: Path, chain: tuple[Path, ...]) -> Iterator[tuple[str, Any
     except OSError as error:
         named_by = f", named as base by {chain[-1].name}" if chain else ""
         raise ConfigError(f"{path}: no such config file ({error.strerror}){named_by}") from error
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if tree is None:
         return
@@ -163,7 +164,8 @@ def _broken_rule(value: Any, rules: Mapping[str, Any]) -> str | None:
         return f"must be more than {rules['above']}"
     if "below" in rules and not value < rules["below"]:
         return f"must be less than {rules['below']}"
-    if isinstance(value, float) and abs(value) == float("inf"):
+    numbers = value.values() if isinstance(value, dict) else [value]
+    if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
         return "must be finite"
     return None
 
@@ -206,6 +208,11 @@ def _rules_between(config: Config) -> list[tuple[tuple[str, ...], bool, str]]:
             ("training.attention_type", "training.dtype"),
             t.attention_type.startswith("flash") and t.dtype == "float32" and t.autocast_dtype is None,
             "flash attention computes in 16 bits; set autocast_dtype to bfloat16, or attention_type to sdpa",
+        ),
+        (
+            ("training.stop",),
+            "" in t.stop,
+            "an empty stop string would end every response at once; leave it out",
         ),
         (
             ("training.min_tokens", "training.max_tokens"),

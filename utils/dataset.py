@@ -133,7 +133,10 @@ def load_template(path: str | Path) -> str:
     """
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such prompt template")
-    template = Path(path).read_text(encoding="utf-8").removesuffix("\n")
+    try:
+        template = Path(path).read_text(encoding="utf-8").removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text: {error}") from error
     if (count := template.count(QUESTION)) != 1:
         raise ValueError(f"{path}: the template must hold {QUESTION} once, it holds it {count} times")
     return template

@@ -27,7 +27,7 @@ METRICS: dict[str, str] = {
     "eval/reward_std_error": "standard error of `eval/reward` over the problems",
     "eval/mean_response_length": "tokens a response in the evaluation",
     "eval/frac_truncated": "share of the evaluation's responses that ran into `max_tokens`",
-    "train/loss": "the loss, mean over the step's optimizer steps",
+    "train/loss": "the loss, mean over the step's optimizer steps; about 0 on-policy, where advantages cancel out",
     "train/grad_norm": "total gradient norm before clipping, mean over the step's optimizer steps",
     "train/frac_grad_clipped": "share of the step's optimizer steps whose gradient was clipped",
     "train/frac_trained_rollouts": "share of rollouts that went through forward and backward (`skip_zero_advantage`)",

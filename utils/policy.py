@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
@@ -12,9 +13,12 @@ from configs.defaults import Training
 def load_tokenizer(model_path: str) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer. Raises ValueError where there is none."""
     try:
-        return AutoTokenizer.from_pretrained(model_path)
+        tokenizer = AutoTokenizer.from_pretrained(model_path)
     except (OSError, ValueError) as error:
         raise ValueError(f"paths.model_path = {model_path!r}: cannot load a tokenizer: {_first_line(error)}") from error
+    if not tokenizer("1").input_ids:
+        raise ValueError(f"paths.model_path = {model_path!r}: its tokenizer knows no text; are its files there?")
+    return tokenizer
 
 
 def load_policy(model_path: str, training: Training) -> PreTrainedModel:
@@ -25,7 +29,7 @@ def load_policy(model_path: str, training: Training) -> PreTrainedModel:
         policy = AutoModelForCausalLM.from_pretrained(
             model_path, dtype=getattr(torch, training.dtype), attn_implementation=training.attention_type
         )
-    except (OSError, ImportError, ValueError) as error:
+    except (OSError, ImportError, ValueError, SafetensorError) as error:
         raise ValueError(f"paths.model_path = {model_path!r}: cannot load the model: {_first_line(error)}") from error
     disable_progress_bar()  # loading has shown its own; every save to come would show one more
     policy.to(training.device).train()

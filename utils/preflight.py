@@ -185,7 +185,16 @@ def _files(config: Config) -> Iterator[str]:
     p = config.paths
     for path in (p.train_data_file, p.val_data_file, p.prompt_template_file, p.model_path):
         yield f"reads  {path}"
-    for name in ("config.yaml", "run.json", "metrics.jsonl", "rollouts.jsonl", "status.json", "checkpoints/"):
+    for name in (
+        "config.yaml",
+        "run.json",
+        "metrics.jsonl",
+        "rollouts.jsonl",
+        "warnings.jsonl",
+        "status.json",
+        "checkpoints/",
+        "reward_curve.png",
+    ):
         yield f"writes {Path(p.output_dir) / name}"
 
 

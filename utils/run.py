@@ -288,7 +288,7 @@ class Run:
         rows = sorted(set(update.nonfinite_rows))
         self.log.warn(
             f"GRPO step {step}: {sum(update.skipped)} of {len(update.skipped)} optimizer steps skipped, their loss or "
-            f"gradient was NaN or infinite; log-probs of {len(rows)} rollouts were, which rollouts.jsonl holds"
+            f"gradient was NaN or infinite; rollouts.jsonl holds the {len(rows)} rollouts that may have caused it"
         )
         self.log.rollouts(
             "nonfinite",

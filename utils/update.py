@@ -25,7 +25,7 @@ class UpdateResult:
     metrics: dict[str, float]
     n_optimizer_steps: int = 0  # taken
     skipped: list[bool] = field(default_factory=list)  # an entry an optimizer step: skipped for a non-finite number?
-    nonfinite_rows: list[int] = field(default_factory=list)  # rows of the batch whose log-probs or loss were non-finite
+    nonfinite_rows: list[int] = field(default_factory=list)  # rows of the batch that may have caused it
     abandoned: bool = False  # asked to stop before any optimizer step: the weights are as they were
 
     def skipped_in_a_row(self, before: int) -> int:
@@ -272,7 +272,9 @@ def take_optimizer_step(
         sums.losses.append(loss)
         sums.grad_norms.append(grad_norm)
     else:
-        for rows, bad in nonfinite:
-            result.nonfinite_rows += rows[bad.cpu()].tolist()
+        flagged = [rows[bad.cpu()] for rows, bad in nonfinite]
+        if not any(map(len, flagged)):  # the gradient alone is non-finite: any of the rows may have caused it
+            flagged = [rows for rows, _ in nonfinite]
+        result.nonfinite_rows += torch.cat(flagged).tolist() if flagged else []
     result.skipped.append(not finite)
     optimizer.zero_grad()
