@@ -41,6 +41,8 @@ def build_run(config: Config, resume: bool, allow_changes: bool, stop: StopReque
         raise ConfigError(
             f"training.device = {t.device!r}: torch finds no GPU that it can use; set training.device=cpu"
         )
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ConfigError(f"paths.output_dir = {str(output_dir)!r} is a file; give a folder")
     lock = lock_run(output_dir) if output_dir.exists() else None
     checkpoint = find_checkpoint(config, resume, allow_changes)
     scorer = RewardScorer(t.reward_fn, t.extra_rewards, Grader(**to_dict(config)["grader"]))
