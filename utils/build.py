@@ -36,13 +36,7 @@ def build_run(config: Config, resume: bool, allow_changes: bool, stop: StopReque
     Raises ValueError for what the user can mend: missing files, bad rows, a folder that holds a run, a changed config.
     """
     t, output_dir = config.training, Path(config.paths.output_dir)
-    check_machine(config)
-    if t.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(
-            f"training.device = {t.device!r}: torch finds no GPU that it can use; set training.device=cpu"
-        )
-    if output_dir.exists() and not output_dir.is_dir():
-        raise ConfigError(f"paths.output_dir = {str(output_dir)!r} is a file; give a folder")
+    check_start(config)
     lock = lock_run(output_dir) if output_dir.exists() else None
     checkpoint = find_checkpoint(config, resume, allow_changes)
     scorer = RewardScorer(t.reward_fn, t.extra_rewards, Grader(**to_dict(config)["grader"]))
@@ -99,6 +93,16 @@ def build_run(config: Config, resume: bool, allow_changes: bool, stop: StopReque
         state=state,
         lock=lock,
     )
+
+
+def check_start(config: Config) -> None:
+    """Raise ConfigError for what can be seen to be missing before anything is loaded or written."""
+    check_machine(config)
+    device, output_dir = config.training.device, Path(config.paths.output_dir)
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"training.device = {device!r}: torch finds no GPU that it can use; set training.device=cpu")
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ConfigError(f"paths.output_dir = {str(output_dir)!r} is a file; give a folder")
 
 
 def find_checkpoint(config: Config, resume: bool, allow_changes: bool) -> Path | None:
