@@ -63,6 +63,7 @@ def policy(tiny_model_dir: Path) -> PreTrainedModel:
         ({"max_model_len": 335}, r"vllm\.max_model_len=335 is below the 336 tokens of the longest prompt \(320\)"),
         ({"max_model_len": 4096}, r"vllm\.max_model_len=4096 is above the model's context of 2048 tokens"),
         ({"cpu_kv_cache_mb": 1, "max_model_len": 2000}, r"vllm\.cpu_kv_cache_mb=1 can't hold one sequence of 2000"),
+        ({"cpu_kv_cache_mb": 10**9}, r"vllm\.cpu_kv_cache_mb=1000000000, but only \d+ MiB of memory are free"),
     ],
 )
 def test_knobs_that_cannot_work(

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import psutil  # vLLM depends on it
 import torch
 
 # Before vLLM is first imported: with 1, its default, the engine would run in a process of its own, which the policy's
@@ -87,9 +88,20 @@ def check_knobs(config: Config, policy: PreTrainedModel, longest_prompt: int) ->
                 f"vllm.cpu_kv_cache_mb={config.vllm.cpu_kv_cache_mb} can't hold one sequence of {max_model_len} tokens:"
                 f" it takes {cache / MIB:.0f} MiB"
             )
+        check_host_memory(config)
     else:
         check_gpu_memory(config, policy, cache)
     return max_model_len
+
+
+def check_host_memory(config: Config) -> None:
+    """Raise ValueError where the CPU build's cache is larger than the memory that is free."""
+    available = psutil.virtual_memory().available
+    if config.vllm.cpu_kv_cache_mb * MIB > available:
+        raise ValueError(
+            f"vllm.cpu_kv_cache_mb={config.vllm.cpu_kv_cache_mb}, but only {available // MIB} MiB of memory are free:"
+            " lower it"
+        )
 
 
 def kv_cache_bytes_per_token(config: Config, policy: PreTrainedModel) -> int:
