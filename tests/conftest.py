@@ -20,8 +20,10 @@ from hypothesis import settings
 
 from utils import tiny
 
-settings.register_profile("no_deadline", deadline=None)  # a busy machine is no bug
-settings.load_profile("no_deadline")
+# No deadline: a busy machine is no bug. The same examples for everybody; HYPOTHESIS_PROFILE=explore asks for others.
+settings.register_profile("same", deadline=None, derandomize=True)
+settings.register_profile("explore", deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 torch.set_num_threads(1)
 

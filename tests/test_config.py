@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from configs.defaults import Config, Training, Vllm, default_of
@@ -86,6 +86,7 @@ def test_numbers_as_people_write_them() -> None:
 
 
 @given(st.floats(1e-12, 1.0), st.integers(0, 2**31), st.lists(st.text(min_size=1, max_size=5), max_size=3))
+@example(1e-5, 0, ["0E0", "1e5", ".5", "-.inf", "0x1F", "1_000", "12:30", "yes", "null", "~", "2001-01-01", "e5"])
 def test_a_saved_config_loads_the_same(tmp_path_factory, rate: float, seed: int, stop: list[str]) -> None:
     config = Config(training=Training(learning_rate=rate, seed=seed, stop=stop))
     path = tmp_path_factory.mktemp("saved") / "config.yaml"

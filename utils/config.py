@@ -56,10 +56,22 @@ def load_config(config_files: Iterable[str | Path] = (), overrides: Iterable[str
     return config
 
 
+class _QuotingDumper(yaml.SafeDumper):
+    """Quotes every text that might be read as a number: OmegaConf takes `0E0` for one, which PyYAML does not."""
+
+
+_QuotingDumper.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar(
+        "tag:yaml.org,2002:str", text, style="'" if text[:1] in {*"+-.0123456789"} else None
+    ),
+)
+
+
 def save_config(config: Config, path: Path) -> None:
     """Write every field, so that `load_config([path])` gives the same config whatever the defaults become."""
     unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+    unfinished.write_text(yaml.dump(to_dict(config), Dumper=_QuotingDumper, sort_keys=False))
     unfinished.replace(path)
 
 
