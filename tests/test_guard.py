@@ -134,9 +134,33 @@ def test_reward_that_falls_from_its_best_and_stays_down_is_caught_at_the_third_e
     assert (step, "fell" in verdict.reason) == (24, True)
 
 
-def test_a_dip_that_recovers_is_no_collapse():
-    rewards = [0.1, 0.3, 0.5, 0.6, 0.4, 0.4, 0.6, 0.62, 0.4, 0.6]
-    assert first_verdict({4 * i: {"eval/reward": value} for i, value in enumerate(rewards)}) is None
+def seen_every(every: int, rows: dict[int, dict[str, float]], part: str = "eval/") -> dict[int, dict[str, float]]:
+    """The rows with the metrics of one part left out but every so many steps."""
+    return {
+        step: {name: value for name, value in row.items() if step % every == 0 or not name.startswith(part)}
+        for step, row in rows.items()
+    }
+
+
+@pytest.mark.parametrize("interval", [1, 2, 4])
+@pytest.mark.parametrize("lost", [0.3, 0.5])
+def test_reward_that_dips_for_eight_steps_is_no_collapse_and_one_that_stays_down_is(lost, interval):
+    """However often it is evaluated."""
+
+    def rows(until: int) -> dict[int, dict[str, float]]:
+        rewards = {s: 0.6 * (1 - math.exp(-s / 10)) * (1 - lost if 41 <= s < until else 1) for s in range(80)}
+        return {s: {"eval/reward": reward, "train/mean_response_length": 300.0} for s, reward in rewards.items()}
+
+    assert first_verdict(seen_every(interval, rows(until=49))) is None
+    step, verdict = first_verdict(seen_every(interval, rows(until=80)))
+    assert step in (50, 52)
+    assert "fell" in verdict.reason
+
+
+def test_one_bad_evaluation_is_no_collapse_while_responses_are_short():
+    rows = {s: {"train/mean_response_length": 440.0 if s < 5 else 200.0, "eval/reward": 0.5} for s in range(60)}
+    rows[0]["eval/reward"], rows[40]["eval/reward"] = 0.03, 0.25
+    assert first_verdict(seen_every(4, rows)) is None
 
 
 def test_a_rate_too_small_to_move_is_no_collapse():
@@ -157,6 +181,55 @@ def test_a_run_that_starts_at_the_limit_and_one_that_grows_into_it_with_good_rew
 def test_rambling_that_ends_as_reward_rises_is_no_collapse():
     rows = {s: {"train/mean_response_length": max(60, 900 - 100 * s), "eval/reward": 0.05 + s / 100} for s in range(40)}
     assert first_verdict(rows) is None
+
+
+@pytest.mark.parametrize("interval", [4, 10])
+def test_a_good_evaluation_counts_until_the_next_is_overdue(interval):
+    """Rambling ends, or responses grow into the limit, between two evaluations of a reward that rises all the while."""
+    shorter = {s: 100 + 850 * math.exp(-s / 10) for s in range(100)}
+    longer = {s: min(1000.0, 300 + 10 * s) for s in range(100)}
+    for lengths in (shorter, longer):
+        rows = {
+            s: {"train/mean_response_length": length, "eval/reward": 0.03 + s / 200} for s, length in lengths.items()
+        }
+        assert first_verdict(seen_every(interval, rows)) is None
+        evaluated_until_40 = {s: row if s <= 40 else seen_every(1000, {s: row})[s] for s, row in rows.items()}
+        step, _ = first_verdict(seen_every(interval, evaluated_until_40))
+        assert step > 40 + interval
+
+
+def test_responses_may_vanish_no_sooner_for_a_reward_that_is_up_by_chance():
+    """Nothing is learned: 0.03, give or take the noise of 1,024 problems."""
+    rows = {s: {"train/mean_response_length": max(5.0, 500 * 0.86**s), "eval/reward": 0.035} for s in range(40)}
+    rows[0]["eval/reward"] = 0.03
+    step, verdict = first_verdict(seen_every(4, rows))
+    assert step == 14  # 500 * 0.86**10 is the first below a quarter of 500
+    assert "shrink" in verdict.reason
+
+
+@pytest.mark.parametrize("interval", [2, 4, 6])
+def test_lengths_that_are_seen_rarely_are_judged_by_steps(interval):
+    runaway = {s: {"train/mean_response_length": 300.0 if s < 24 else 1020.0} for s in range(60)}
+    vanishing = {s: {"train/mean_response_length": 300.0 if s < 24 else 20.0} for s in range(60)}
+    for rows in (runaway, vanishing):
+        step, _ = first_verdict(seen_every(interval, rows, part="train/"))
+        assert step in (28, 30)
+
+
+def test_without_a_baseline_reward_peaks_early_and_responses_shrink():
+    """Best at step 7, as published (0.34); then it slides, the gradient norm grows and responses become shorter."""
+    rows = {}
+    for s in range(96):
+        length, norm = (440 - 2 * s if s < 40 else max(40, 360 - 12 * (s - 40))), 0.3 * 1.05**s
+        rows[s] = {"train/mean_response_length": length, "train/grad_norm": norm}
+        rows[s]["eval/reward"] = 0.03 + 0.31 * s / 7 if s <= 7 else max(0.15, 0.34 - 0.004 * (s - 7))
+    step, verdict = first_verdict(seen_every(4, rows))
+    assert step <= 48
+    assert "fell" in verdict.reason
+    without_reward = {s: {k: v for k, v in row.items() if k != "eval/reward"} for s, row in rows.items()}
+    step, verdict = first_verdict(without_reward)
+    assert step <= 70
+    assert "shrink" in verdict.reason
 
 
 def test_thresholds_follow_max_tokens():
@@ -182,8 +255,8 @@ def test_warn_speaks_again_after_the_repeat_interval_stop_at_every_step_and_off_
     for action in ("warn", "stop", "off"):
         guard = CollapseGuard(small_config(None, action=action))
         heard[action] = [step for step, row in enumerate(FALLEN) if guard.observe(step, row) is not None]
-    assert heard["warn"] == [6, 26, 46]  # five steps down, although three evaluations would do if they were rarer
-    assert heard["stop"] == list(range(6, 62))
+    assert heard["warn"] == [11, 31, 51]  # ten steps down, although three evaluations would do if they were rarer
+    assert heard["stop"] == list(range(11, 62))
     assert heard["off"] == []
 
 

@@ -78,18 +78,29 @@ class Watcher:
         self.said[what] = grpo_step
         return True
 
-    def _is_down(self, name: str, n_evaluations: int) -> bool:
-        """Whether the last evaluations are all below a share of the best one before, by more than noise.
+    def _recent(self, name: str, n_steps: int | None = None, at_least: int = 2) -> list[float]:
+        """The values of the last `n_steps` GRPO steps (None: `patience`), but `at_least` so many where they are rare.
+
+        Empty where the metric has not been seen for that long.
+        """
+        series, n_steps = self.series[name], n_steps or self.options.patience
+        if not series or series[-1][0] - series[0][0] < n_steps - 1:
+            return []
+        n = max(at_least, sum(step > series[-1][0] - n_steps for step, _ in series))
+        return self.values(name)[-n:] if len(series) >= n else []
+
+    def _is_down(self, name: str, recent: list[float]) -> bool:
+        """Whether the recent evaluations are all below a share of the best one, by more than noise.
 
         The best of N equal evaluations is expected about sqrt(2 ln N) standard errors above their mean.
         """
-        values = self.values(name)
-        if len(values) <= n_evaluations:
+        if not recent:
             return False
+        values = self.values(name)
         best = max(values)
         margin = self.options.noise_std_errors + math.sqrt(2 * math.log(len(values)))
         floor = min(self.options.kept_share * best, best - margin * self._standard_error(values))
-        return max(values[-n_evaluations:]) < floor
+        return max(recent) < floor
 
     def _standard_error(self, rewards: list[float]) -> float:
         """Of an evaluation: the largest reported, or that of as many coins as there are validation problems."""
@@ -106,7 +117,8 @@ class CollapseGuard(Watcher):
     3. Falling: reward has left its best and stays down.
 
     Length condemns no run that evaluates well: what is above its first evaluation and near its best is left alone by
-    1 and 2. Low entropy and spikes of the gradient norm condemn nobody, as healthy runs have both; they are evidence.
+    1 and 2, until the next evaluation is overdue. Low entropy and spikes of the gradient norm condemn nobody, as
+    healthy runs have both; they are evidence.
     """
 
     def __init__(self, config: Config) -> None:
@@ -127,44 +139,47 @@ class CollapseGuard(Watcher):
         return Verdict(reason, {name: series[-1][1] for name, series in self.series.items() if series})
 
     def _runaway(self) -> str | None:
-        shares, what = self.values(TRUNCATED), "of responses ran into"
-        if not shares:  # the mean length says much the same
-            shares, what = [length / self.training.max_tokens for length in self.values(LENGTH)], "was the mean part of"
-        recent = shares[-self.options.patience :]
-        if len(recent) < self.options.patience or min(recent) < self.options.runaway_share:
+        name, limit, what = TRUNCATED, 1.0, "of responses ran into"
+        if not self.series[TRUNCATED]:  # the mean length says much the same
+            name, limit, what = LENGTH, self.training.max_tokens, "was the mean part of"
+        recent = [value / limit for value in self._recent(name)]
+        if not recent or min(recent) < self.options.runaway_share:
             return None
-        if min(shares) > self.options.ended_share or self._evaluates_well():
+        if min(self.values(name)) / limit > self.options.ended_share or self._evaluates_well():
             return None
-        return f"responses run away: {min(recent):.0%} or more {what} max_tokens for {len(recent)} steps"
+        return f"responses run away: {min(recent):.0%} or more {what} max_tokens, {len(recent)} times in a row"
 
     def _shrinking(self) -> str | None:
-        lengths = self.values(LENGTH)
-        recent = lengths[-self.options.patience :]
-        if len(recent) < self.options.patience:
+        recent = self._recent(LENGTH)
+        if not recent:
             return None
-        longest = max(lengths)
-        shrunk = max(recent) < self.options.shrunk_share * longest and self._is_down(REWARD, 1)
+        longest = max(self.values(LENGTH))
+        is_down = self._is_down(REWARD, self._recent(REWARD))
+        shrunk = max(recent) < self.options.shrunk_share * longest and is_down
         vanished = max(recent) < self.options.vanished_share * longest and not self._evaluates_well()
         if not (shrunk or vanished):
             return None
-        return f"responses shrink: {max(recent):.1f} tokens or fewer for {len(recent)} steps, once {longest:.1f}"
+        return f"responses shrink: {max(recent):.1f} tokens or fewer {len(recent)} times in a row, once {longest:.1f}"
 
     def _falling(self) -> str | None:
-        rewards = self.series[REWARD]
-        lately = sum(step > rewards[-1][0] - self.options.patience for step, _ in rewards)
-        n = max(self.options.fallen_evaluations, lately)
-        if not self._is_down(REWARD, n):
+        """Evaluations waver more than lengths, so a fall has to last twice as long."""
+        recent = self._recent(REWARD, 2 * self.options.patience, self.options.fallen_evaluations)
+        if not self._is_down(REWARD, recent):
             return None
-        best, latest = max(self.values(REWARD)), rewards[-1][1]
-        return f"reward fell and stays down: eval/reward {latest:.3f}, once {best:.3f}, {n} evaluations in a row"
+        best, n = max(self.values(REWARD)), len(recent)
+        return f"reward fell and stays down: eval/reward {recent[-1]:.3f}, once {best:.3f}, {n} evaluations in a row"
 
     def _evaluates_well(self) -> bool:
-        """Whether an evaluation within the steps judged is above the first one and not far below the best."""
+        """Whether the last evaluation, unless another is overdue, is well above the first one and near the best."""
         rewards = self.series[REWARD]
-        steps = sorted({step for name in (LENGTH, TRUNCATED) for step, _ in self.series[name]})
-        if not rewards or rewards[-1][0] < steps[-self.options.patience]:
+        if len(rewards) < 2:
             return False
-        return rewards[-1][1] > rewards[0][1] and not self._is_down(REWARD, 1)
+        (_, first), (before, _), (last, reward) = rewards[0], rewards[-2], rewards[-1]
+        now = max(series[-1][0] for name in (LENGTH, TRUNCATED) if (series := self.series[name]))
+        if now - last > max(last - before, self.options.patience - 1):
+            return False
+        noise = self.options.noise_std_errors * self._standard_error(self.values(REWARD))
+        return reward > first + noise and not self._is_down(REWARD, [reward])
 
 
 class Advisor(Watcher):
@@ -179,11 +194,6 @@ class Advisor(Watcher):
         rules = (self._no_signal, self._truncated, self._reward_hacking, self._sampler_drift)
         found = {rule.__name__: rule() for rule in rules}
         return [text for name, text in found.items() if text is not None and self._may_say(name, grpo_step)]
-
-    def _recent(self, name: str) -> list[float]:
-        """The last `patience` values, or none where there are fewer."""
-        values = self.values(name)[-self.options.patience :]
-        return values if len(values) == self.options.patience else []
 
     def _no_signal(self) -> str | None:
         recent = self._recent(EQUAL_GROUPS)
@@ -207,7 +217,7 @@ class Advisor(Watcher):
 
     def _reward_hacking(self) -> str | None:
         formats, answers = self.values(FORMAT), self.values(ANSWER)
-        if not formats or formats[-1] < self.options.high_format_reward or not self._is_down(ANSWER, 2):
+        if not formats or formats[-1] < self.options.high_format_reward or not self._is_down(ANSWER, answers[-2:]):
             return None
         return (
             f"the format is kept ({FORMAT} {formats[-1]:.3f}) while answers get worse ({ANSWER} {answers[-1]:.3f}, "
