@@ -47,6 +47,9 @@ class Training:
         "sdpa", "attention kernel", choices=["sdpa", "flash_attention_2", "flash_attention_3", "eager"]
     )
     cpu_threads: int | None = option(None, "threads that torch computes with on the CPU; null: torch decides", low=1)
+    use_onednn: bool = option(
+        False, "CPU: float32 products by oneDNN, up to twice as fast as MKL on AMD; best with attention_type eager"
+    )
     use_compile: bool = option(False, "run the policy's forward pass through torch.compile")
 
     n_grpo_steps: int = option(10, "GRPO steps: one rollout batch each", low=1)
@@ -55,6 +58,9 @@ class Training:
     epochs_per_rollout_batch: int = option(1, "passes over each rollout batch", low=1)
     train_batch_size: int = option(256, "rollouts an optimizer step", low=1)
     gradient_accumulation_steps: int = option(256, "microbatches an optimizer step", low=1)
+    use_packing: bool = option(
+        True, "train without padding, a prompt once for its rollouts; models unknown to it run padded"
+    )
     max_tokens_per_microbatch: int | None = option(
         None, "cut microbatches by this many tokens, padding counted, in place of gradient_accumulation_steps", low=1
     )
@@ -123,6 +129,11 @@ class Training:
         True, "on a GPU: try a longest-case microbatch at the start, to run out of memory early"
     )
 
+    @property
+    def microbatch_size(self) -> int:
+        """Sequences in a microbatch, where no token budget cuts it."""
+        return self.train_batch_size // self.gradient_accumulation_steps
+
 
 @dataclass
 class Vllm:
@@ -158,7 +169,9 @@ class Guard:
     """When a run counts as collapsed, and when it is worth a warning (utils/guard.py)."""
 
     action: str = option("warn", "what a collapse does to the run", choices=["stop", "warn", "off"])
-    patience: int = option(5, "GRPO steps in a row that a fault has to last", low=1)
+    patience: int = option(
+        5, "GRPO steps in a row that a fault has to last; a fall of the reward: twice as many", low=1
+    )
     repeat_interval: int = option(20, "GRPO steps until the same warning is said again", low=1)
     runaway_share: float = option(
         0.9, "runaway: share of responses (of tokens) that reach max_tokens", above=0.0, high=1.0

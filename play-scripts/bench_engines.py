@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import csv
 import os
-import platform
 import sys
 import tempfile
 import time
@@ -20,6 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from bench_common import SHAPES, hardware
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from configs.defaults import Config
@@ -50,21 +50,22 @@ def main() -> None:
                     rows.append(row_of(engine, arguments, count) | figures)
                     print(rows[-1], flush=True)
                 engine.close()
-    write(rows, load, arguments.output)
+    write(rows, load, arguments)
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sequences", type=int, nargs="+", default=[64, 256], help="sequences a call")
-    parser.add_argument("--engines", nargs="+", default=["transformers", "vllm"], choices=["transformers", "vllm"])
-    parser.add_argument("--shape", default="tiny", choices=["tiny", "qwen2.5-1.5b"])
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--prompt-tokens", type=int, default=48)
-    parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--batch-size", type=int, default=256, help="sequences that transformers samples at once")
-    parser.add_argument("--gpu-memory-utilization", type=float, default=0.4)
-    parser.add_argument("--output", type=Path, default=Path("results/engines"))
+    add, both = parser.add_argument, ["transformers", "vllm"]
+    add("--sequences", type=int, nargs="+", default=[64, 256], help="sequences a call (64 256)")
+    add("--engines", nargs="+", default=both, choices=both, help="engines to measure (both)")
+    add("--shape", default="tiny", choices=["tiny", "qwen2.5-1.5b"], help="shape of the model (tiny)")
+    add("--device", default="cpu", help="cpu or cuda:0 (cpu)")
+    add("--dtype", default="float32", choices=["float32", "bfloat16"], help="of model and engine (float32)")
+    add("--prompt-tokens", type=int, default=48, help="tokens a prompt (48)")
+    add("--new-tokens", type=int, default=64, help="tokens a response (64)")
+    add("--batch-size", type=int, default=256, help="sequences that transformers samples at once (256)")
+    add("--gpu-memory-utilization", type=float, default=0.4, help="share of the GPU for vLLM (0.4)")
+    add("--output", type=Path, default=Path("results/engines"), help="folder to write (results/engines)")
     arguments = parser.parse_args()
     if wrong := [count for count in arguments.sequences if count % GROUP_SIZE]:
         parser.error(f"--sequences {wrong[0]} is not a multiple of the group size {GROUP_SIZE}")
@@ -88,21 +89,15 @@ def random_policy(shape: str, config: Config) -> tuple[PreTrainedModel, PreTrain
     dtype = getattr(torch, config.training.dtype)
     if shape == "tiny":
         return build_model(seed=0).to(config.training.device, dtype), build_tokenizer()
-    n_ids = 151_936
+    n_ids = SHAPES[shape]["vocab_size"]
     vocabulary = {token: i for token, i in build_tokenizer().get_vocab().items() if len(token) == 1}
     letters = sorted(vocabulary) + [f"filler{i}" for i in range(n_ids - len(vocabulary) - 2)]
     tokenizer = Qwen2Tokenizer(
-        vocab={token: i for i, token in enumerate(letters)}, merges=[], eos_token="<|end|>", pad_token="<|pad|>"
+        vocab={token: i for i, token in enumerate(letters)}, merges=[], eos_token="<|endoftext|>", pad_token="<|pad|>"
     )
     model_config = Qwen2Config(
-        vocab_size=n_ids,
-        hidden_size=1536,
-        intermediate_size=8960,
-        num_hidden_layers=28,
-        num_attention_heads=12,
-        num_key_value_heads=2,
+        **SHAPES[shape],
         max_position_embeddings=4096,
-        tie_word_embeddings=True,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
@@ -144,28 +139,18 @@ def row_of(engine: RolloutEngine, arguments: argparse.Namespace, count: int) -> 
     }
 
 
-def hardware() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    cpu = platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
-        cpu = names[0] if names else cpu
-    return f"{cpu}, {os.cpu_count()} cores, torch on {torch.get_num_threads()} thread(s)"
-
-
-def write(rows: list[dict[str, object]], load: float, output: Path) -> None:
+def write(rows: list[dict[str, object]], load: float, arguments: argparse.Namespace) -> None:
+    output = arguments.output
     output.mkdir(parents=True, exist_ok=True)
     columns = list(dict.fromkeys(column for row in rows for column in row))
     with (output / "throughput.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
-    versions = ", ".join(f"{p} {version(p)}" for p in ("torch", "transformers", installed_vllm()) if p)
+    versions = ", ".join(f"{p} {version(p)}" for p in ("transformers", installed_vllm()) if p)
     table = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     table += ["| " + " | ".join(str(row.get(column, "")) for column in columns) + " |" for row in rows]
-    text = f"Hardware: {hardware()}; load average before the run: {load:.1f}. Versions: {versions}.\n"
+    text = f"Hardware: {hardware(arguments.device)}; load average before the run: {load:.1f}. Versions: {versions}.\n"
     text += f"Groups of {GROUP_SIZE}, fastest of {REPEATS} calls.\n\n"
     text += f"    python {' '.join(sys.argv)}\n\n" + "\n".join(table) + "\n"
     (output / "throughput.md").write_text(text)

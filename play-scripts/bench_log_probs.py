@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from bench_common import hardware, wait_for
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -28,7 +28,6 @@ from utils.log_probs import chunked_log_probs
 from utils.memory import MemoryTracker
 
 VARIANTS = ("plain", "chunked", "chunked, no entropy", "linear_cross_entropy")
-
 FIGURES = ("seconds", "cpu_seconds", "peak_bytes")  # of the processor: all threads; busy neighbours disturb it less
 
 
@@ -75,26 +74,12 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     hidden.grad = weight.grad = None
     tracker = MemoryTracker(device, enabled=True)
     before = tracker.mark("inputs")
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    wait_for(device)
     start, cpu_start = time.perf_counter(), time.process_time()
     (run(hidden, weight, labels, args.chunk_size) * upstream).sum().backward()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    wait_for(device)
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
     return {"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_bytes": tracker.mark("head") - before}
-
-
-def hardware(device: str) -> str:
-    """What the figures were measured on."""
-    if device.startswith("cuda"):
-        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
-    cpu_info = Path("/proc/cpuinfo")
-    model = platform.processor() or platform.machine()
-    if cpu_info.exists():
-        model = cpu_info.read_text().split("model name")[1].split(":")[1].splitlines()[0].strip()
-    capability = torch.backends.cpu.get_cpu_capability()
-    return f"{model} ({capability}), {torch.get_num_threads()} torch thread(s), torch {torch.__version__}"
 
 
 def measure_in_process(args: argparse.Namespace, variant: str) -> dict[str, float]:
@@ -125,18 +110,23 @@ def compare(args: argparse.Namespace) -> list[dict[str, float | str]]:
     return rows
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=8192, help="response tokens")
-    parser.add_argument("--vocabulary", type=int, default=151936)
-    parser.add_argument("--hidden", type=int, default=1536)
-    parser.add_argument("--chunk-size", type=int, default=2048)
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--output", type=Path, help="JSON to write")
-    parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    add = parser.add_argument
+    add("--tokens", type=int, default=8192, help="response tokens (8192)")
+    add("--vocabulary", type=int, default=151936, help="words of the vocabulary (151936)")
+    add("--hidden", type=int, default=1536, help="size of the hidden states (1536)")
+    add("--chunk-size", type=int, default=2048, help="tokens whose logits are held at once (2048)")
+    add("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of hidden states and weight (bfloat16)")
+    add("--device", default="cpu", help="cpu or cuda:0 (cpu)")
+    add("--repeats", type=int, default=3, help="turns (3)")
+    add("--output", type=Path, metavar="FILE", help="write the figures as JSON")
+    add("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
     if args.variant:
         print(json.dumps(measure(args)))
         return

@@ -23,19 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_log_probs import hardware
-from bench_worker import ROOT, VARIANTS
+from bench_common import SHAPES, hardware
+from bench_worker import MKL, ROOT, VARIANTS
 
 from configs.defaults import Config
 from utils.config import load_config
 from utils.memory import count_parameters, estimate_peak_memory
 
-QWEN_1_5B = {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12}
-QWEN_0_5B = {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14}
-SHAPES = {
-    name: {"vocab_size": 151936, "num_key_value_heads": 2, "tie_word_embeddings": True, **sizes}
-    for name, sizes in {"qwen2.5-1.5b": QWEN_1_5B, "qwen2.5-0.5b": QWEN_0_5B}.items()
-}
 TRL = "TRL GRPOTrainer"
 # FLOP/s in bfloat16, dense, sums in float32, as NVIDIA's datasheets give them
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "4090": 165.2e12}
@@ -171,7 +165,9 @@ def main() -> None:
     if args.shape:
         make_shape(args.shape, Path(config.paths.model_path))
     has_trl = importlib.util.find_spec("trl") is not None and not args.shape
-    rows = summarize(measure_in_turn(args.only or [*VARIANTS, *([TRL] if has_trl else [])], args.rounds))
+    on_cpu = config.training.device == "cpu"
+    variants = [variant for variant in VARIANTS if on_cpu or variant != MKL]
+    rows = summarize(measure_in_turn(args.only or [*variants, *([TRL] if has_trl else [])], args.rounds))
     model_config = json.loads((Path(config.paths.model_path) / "config.json").read_text())
     device = config.training.device
     peak_flops = None
@@ -180,7 +176,7 @@ def main() -> None:
     for row in rows:
         if row["phases"]:
             model_seconds = row["phases"]["forward"] + row["phases"]["backward"]
-            row["tokens_per_second"] = row["metrics"]["bench/model_tokens"] / model_seconds
+            row["tokens_per_second"] = row["metrics"]["bench/sequence_tokens"] / model_seconds
             if peak_flops is not None:
                 row["mfu"] = model_flops(model_config, row["metrics"]) / model_seconds / peak_flops
     machine = hardware(device)
@@ -194,7 +190,7 @@ def main() -> None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         record = {"command": ["bench_step.py", *sys.argv[1:]], "hardware": machine, "estimate": estimate, "rows": rows}
         args.output.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
-        draw_chart(rows, machine, device == "cpu", args.output.with_suffix(".png"))
+        draw_chart(rows, machine, on_cpu, args.output.with_suffix(".png"))
 
 
 if __name__ == "__main__":

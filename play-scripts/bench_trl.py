@@ -1,45 +1,50 @@
 """One measurement of TRL's GRPOTrainer for bench_step.py, in a process of its own, as one line of JSON.
 
-Needs `trl`. The model, prompts, lengths, batch sizes, optimizer and drawn rewards are those of our step.
+`bench_step.py` starts this file where `trl` is installed; its options are described there. The model, prompts, lengths,
+batch sizes, optimizer and drawn rewards are those of our step.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
-from typing import Any
+import sys
+from typing import TYPE_CHECKING, Any
 
 import torch
-from bench_worker import ROOT, Clock, draw_rewards, prompt_texts
-from datasets import Dataset
+from bench_common import Clock
+from bench_worker import ROOT, draw_rewards, prompt_texts
 from transformers import AutoModelForCausalLM, TrainerCallback
-from trl import GRPOConfig, GRPOTrainer
 
 from configs.defaults import Config
 from utils.memory import MemoryTracker
 from utils.policy import load_tokenizer
 
+if TYPE_CHECKING:
+    from trl import GRPOConfig
 
-def measure(args: argparse.Namespace, config: Config) -> dict[str, Any]:
-    """Time `args.steps` steps after a first one; the reward function costs nothing."""
+
+class Laps(TrainerCallback):
+    """A lap is from one step's end to the next one's, generation included; the first step warms up."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.memory, self.clock = device, MemoryTracker(device), None
+
+    def on_step_end(self, *_args: Any, **_options: Any) -> None:
+        if self.clock is None:
+            self.memory.mark("warm-up")
+            self.clock = Clock(self.device)
+        else:
+            self.clock.lap()
+
+
+def same_settings(args: argparse.Namespace, config: Config) -> GRPOConfig:
+    """TRL's names for what our config says."""
+    from trl import GRPOConfig
+
     t = config.training
-    device = torch.device(t.device)
-    memory, clocks = MemoryTracker(device), []
-
-    class Laps(TrainerCallback):
-        """A lap is from one step's end to the next one's, generation included; the first step warms up."""
-
-        def on_step_end(self, *_args: Any, **_options: Any) -> None:
-            if clocks:
-                clocks[0].lap()
-            else:
-                memory.mark("warm-up")
-                clocks.append(Clock(device))
-
-    def reward(completions: list[str], **_options: Any) -> list[float]:
-        return draw_rewards(len(completions), t.group_size, args.reward, len(clocks))
-
-    settings = GRPOConfig(
+    return GRPOConfig(
         output_dir=str(ROOT / "runs" / "bench" / "trl"),
         use_cpu=t.device == "cpu",
         bf16=t.dtype == "bfloat16",
@@ -47,7 +52,7 @@ def measure(args: argparse.Namespace, config: Config) -> dict[str, Any]:
         save_strategy="no",
         disable_tqdm=True,
         max_steps=args.steps + 1,
-        per_device_train_batch_size=t.train_batch_size // t.gradient_accumulation_steps,
+        per_device_train_batch_size=t.microbatch_size,
         gradient_accumulation_steps=t.gradient_accumulation_steps,
         gradient_checkpointing=t.use_gradient_checkpointing,
         num_generations=t.group_size,
@@ -61,21 +66,34 @@ def measure(args: argparse.Namespace, config: Config) -> dict[str, Any]:
         optim="adamw_torch_fused",
         seed=t.seed,
     )
+
+
+def measure(args: argparse.Namespace, config: Config) -> dict[str, Any]:
+    """Time `args.steps` steps after a first one; the reward function costs nothing."""
+    from datasets import Dataset
+    from trl import GRPOTrainer
+
+    t = config.training
+    laps = Laps(torch.device(t.device))
+
+    def reward(completions: list[str], **_options: Any) -> list[float]:
+        return draw_rewards(len(completions), t.group_size, args.reward, step=int(laps.clock is not None))
+
     model = AutoModelForCausalLM.from_pretrained(config.paths.model_path, dtype=getattr(torch, t.dtype))
     prompts = Dataset.from_list([{"prompt": text} for text in prompt_texts(config)])
     trainer = GRPOTrainer(
         model,
         reward_funcs=reward,
-        args=settings,
+        args=same_settings(args, config),
         train_dataset=prompts,
         processing_class=load_tokenizer(config.paths.model_path),
-        callbacks=[Laps()],
+        callbacks=[laps],
     )
     trainer.train()
     metrics = trainer.state.log_history[0]
     return {
-        **clocks[0].laps(),
-        "peak_bytes": memory.mark("step"),
+        **laps.clock.laps(),
+        "peak_bytes": laps.memory.mark("step"),
         "phases": {},
         "metrics": {name: metrics[name] for name in ("completions/mean_length", "frac_reward_zero_std", "reward")},
     }
@@ -85,6 +103,8 @@ def main() -> None:
     from bench_step import parse_arguments, resolve_config
 
     args = parse_arguments()
+    if importlib.util.find_spec("trl") is None:
+        sys.exit("bench_trl.py needs TRL: pip install trl")
     print("\n" + json.dumps(measure(args, resolve_config(args))))
 
 

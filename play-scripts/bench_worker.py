@@ -6,29 +6,28 @@
 from __future__ import annotations
 
 import argparse
-import functools
-import itertools
+import dataclasses
 import json
 import random
-import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
+from bench_common import OLD_LOG_PROBS, Clock, Phases, replaced
 from torch import Tensor
 
-from configs.defaults import Config
+from configs.defaults import Config, Training
 from utils import log_probs, tiny, update
-from utils.batching import make_train_batch
+from utils.batching import Microbatch, make_train_batch, take_microbatch
 from utils.dataset import load_template
 from utils.engines import build_engine
 from utils.grader import Grader
 from utils.grpo import compute_entropy, group_advantages
 from utils.memory import MemoryTracker
+from utils.packing import Packing, packed_hidden_states
 from utils.policy import build_optimizer, load_policy, load_tokenizer
-from utils.records import Problem, Prompt, Rollout
+from utils.records import Problem, Prompt, Rollout, TrainBatch
 from utils.rewards import RewardScorer
 from utils.seeding import derive_seed
 
@@ -37,24 +36,27 @@ ROOT = Path(__file__).parents[1]
 BETA_CONCENTRATION = 8.0
 
 
-@contextmanager
-def replaced(module: Any, name: str, replacement: Any) -> Iterator[None]:
-    """Put something in the place of a module's function, for a while."""
-    original = getattr(module, name)
-    setattr(module, name, replacement)
-    try:
-        yield
-    finally:
-        setattr(module, name, original)
-
-
 def log_probs_from_full_logits(
-    policy: torch.nn.Module, input_ids: Tensor, response_mask: Tensor, temperature: float, **_options: Any
+    policy: torch.nn.Module,
+    input_ids: Tensor,
+    response_mask: Tensor,
+    temperature: float,
+    packing: Packing | None = None,
+    **_options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """`response_log_probs` the plain way: logits of prompt and padding too."""
-    logits = policy(input_ids, use_cache=False).logits[:, :-1].float() / temperature
-    values = logits.log_softmax(-1).gather(-1, input_ids[:, 1:, None]).squeeze(-1)
-    return torch.where(response_mask, values, 0.0), torch.where(response_mask, compute_entropy(logits.detach()), 0.0)
+    """`response_log_probs` the plain way: logits of prompts too, and of padding where there is any."""
+    if packing is None:
+        logits = policy(input_ids, use_cache=False).logits[:, :-1].float() / temperature
+        values = logits.log_softmax(-1).gather(-1, input_ids[:, 1:, None]).squeeze(-1)
+        entropy = compute_entropy(logits.detach())
+    else:
+        everywhere = torch.arange(len(packing.token_ids), device=input_ids.device)
+        hidden = packed_hidden_states(policy, dataclasses.replace(packing, predicts=everywhere))
+        logits = policy.get_output_embeddings()(hidden).float() / temperature
+        predicts = packing.tokens_of.new_zeros(response_mask.shape).masked_scatter(response_mask, packing.predicts)
+        values = logits.log_softmax(-1)[predicts].gather(-1, input_ids[:, 1:, None]).squeeze(-1)
+        entropy = compute_entropy(logits.detach())[predicts]
+    return torch.where(response_mask, values, 0.0), torch.where(response_mask, entropy, 0.0)
 
 
 def log_probs_with_attention_mask(
@@ -72,81 +74,37 @@ def log_probs_with_attention_mask(
         return log_probs.response_log_probs(policy, input_ids, response_mask, **options)
 
 
-def split_in_order(rows: Tensor, _lengths: Tensor, size: int, _max_tokens: int | None = None) -> list[Tensor]:
+def split_in_order(rows: Tensor, _lengths: Tensor, size: int, *_options: Any) -> list[Tensor]:
     return list(rows.split(size))
 
 
 AS_SHIPPED, EQUAL_WORK, EVERYTHING_OFF = "as shipped", "zero advantages trained on", "everything off"
-SWITCHES = {
-    EQUAL_WORK: None,  # by config
-    "full logits": lambda: replaced(update, "response_log_probs", log_probs_from_full_logits),
-    "old log-probs recomputed": lambda: replaced(update, "needs_old_log_probs", lambda _training: True),
-    "microbatches in order of arrival": lambda: replaced(update, "split_rows", split_in_order),
-    "attention mask": lambda: replaced(update, "response_log_probs", log_probs_with_attention_mask),
+MKL = "products by MKL"
+# What is off: fields of the config, and functions with something plainer in their place
+SWITCHES: dict[str, tuple[dict[str, Any], Any]] = {
+    EQUAL_WORK: ({"skip_zero_advantage": False}, None),
+    "padding, prompts repeated": ({"use_packing": False}, None),
+    "the same, with a padding mask": (
+        {"use_packing": False},
+        lambda: replaced(update, "response_log_probs", log_probs_with_attention_mask),
+    ),
+    MKL: ({"use_onednn": False}, None),
+    "full logits": ({}, lambda: replaced(update, "response_log_probs", log_probs_from_full_logits)),
+    "old log-probs recomputed": ({}, lambda: replaced(update, "needs_old_log_probs", lambda _training: True)),
+    "microbatches in order of arrival": ({}, lambda: replaced(update, "split_rows", split_in_order)),
 }
 VARIANTS = (AS_SHIPPED, *SWITCHES, EVERYTHING_OFF)
 
 
-class Phases:
-    """Seconds by phase; a phase inside another one stops the outer one's clock."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.seconds, self.running = device, {}, []
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        self._tick()
-        self.running.append(name)
-        try:
-            yield
-        finally:
-            self._tick()
-            self.running.pop()
-
-    def watch(self, module: Any, function: str, name: str) -> Any:
-        """Count every call of a module's function as a phase, except within the pass for old log-probs."""
-        original = getattr(module, function)
-
-        @functools.wraps(original)
-        def watched(*args: Any, **options: Any) -> Any:
-            if "old log-probs" in self.running:
-                return original(*args, **options)
-            with self(name):
-                return original(*args, **options)
-
-        return replaced(module, function, watched)
-
-    def _tick(self) -> None:
-        wait_for(self.device)
-        now = time.perf_counter()
-        if self.running:
-            name = self.running[-1]
-            self.seconds[name] = self.seconds.get(name, 0.0) + now - self.since
-        self.since = now
-
-
-class Clock:
-    """Time from lap to lap, on the wall and of the processor (all threads), which busy neighbours disturb less."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.times = device, []
-        self.lap()
-
-    def lap(self) -> None:
-        wait_for(self.device)
-        self.times.append((time.perf_counter(), time.process_time()))
-
-    def laps(self) -> dict[str, list[float]]:
-        walls, cpus = zip(*self.times, strict=True)
-        return {
-            "seconds": [later - sooner for sooner, later in itertools.pairwise(walls)],
-            "cpu_seconds": [later - sooner for sooner, later in itertools.pairwise(cpus)],
-        }
-
-
-def wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+def switch_off(variant: str, training: Training, stack: ExitStack) -> None:
+    """Put a variant into force: its fields into the config, its functions into their modules until the stack ends."""
+    for name, (fields, patch) in SWITCHES.items():
+        if variant not in (name, EVERYTHING_OFF):
+            continue
+        for field, value in fields.items():
+            setattr(training, field, value)
+        if patch is not None:
+            stack.enter_context(patch())
 
 
 class Workload:
@@ -184,7 +142,7 @@ class Workload:
             result = update.update_policy(self.policy, self.optimizer, batch, t, step)
             trained = advantages != 0 if t.skip_zero_advantage else torch.ones_like(advantages, dtype=torch.bool)
             lengths = batch.sequence_lengths[trained]
-            result.metrics["bench/model_tokens"] = float(lengths.sum())
+            result.metrics["bench/sequence_tokens"] = float(lengths.sum())
             result.metrics["bench/squared_lengths"] = float(lengths.square().sum())
         if not self.args.shape:
             with phase("push"):
@@ -225,17 +183,8 @@ def draw_rewards(n: int, group_size: int, mean: float, step: int) -> list[float]
 def measure(args: argparse.Namespace, config: Config) -> dict[str, Any]:
     """Time `args.steps` steps of ours, then one more by phase (whose clocks make the GPU wait)."""
     t = config.training
-    everything_off = args.variant == EVERYTHING_OFF
-    if everything_off or args.variant == EQUAL_WORK:
-        t.skip_zero_advantage = False
-    if everything_off:
-        names = [name for name in SWITCHES if name != "attention mask"]  # full logits bring their own forward pass
-    else:
-        names = [args.variant] if args.variant in SWITCHES else []
     with ExitStack() as switches:
-        for name in names:
-            if SWITCHES[name] is not None:
-                switches.enter_context(SWITCHES[name]())
+        switch_off(args.variant, t, switches)
         workload = Workload(args, config)
         device = torch.device(t.device)
         silent = Phases(torch.device("cpu"))
@@ -247,14 +196,30 @@ def measure(args: argparse.Namespace, config: Config) -> dict[str, Any]:
             clock.lap()
         peak = memory.mark("step")
         phases = Phases(device)
+        computed: list[int] = []
         with (
-            phases.watch(update, "compute_old_log_probs", "old log-probs"),
+            replaced(update, "take_microbatch", counting_tokens(computed, phases)),
+            phases.watch(update, "compute_old_log_probs", OLD_LOG_PROBS),
             phases.watch(update, "train_on_microbatch", "backward"),
             phases.watch(update, "policy_log_probs", "forward"),
             phases.watch(update, "take_optimizer_step", "optimizer"),
         ):
             result = workload.step(args.steps + 1, phases)
+    result.metrics["bench/model_tokens"] = float(sum(computed))
     return {**clock.laps(), "peak_bytes": peak, "phases": phases.seconds, "metrics": result.metrics}
+
+
+def counting_tokens(computed: list[int], phases: Phases) -> Any:
+    """`take_microbatch`, which notes how many tokens are trained on: padding not counted, a shared prompt once."""
+
+    def take_and_count(batch: TrainBatch, rows: Tensor, *options: Any) -> Microbatch:
+        microbatch = take_microbatch(batch, rows, *options)
+        packing = microbatch.packing
+        if OLD_LOG_PROBS not in phases.running:
+            computed.append(int(batch.sequence_lengths[rows].sum()) if packing is None else len(packing.token_ids))
+        return microbatch
+
+    return take_and_count
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qw
 
 from configs.defaults import Config
 from utils.memory import MemoryTracker, count_parameters, estimate_peak_memory
+from utils.packing import enable_packing, is_packable, pack, packed_hidden_states
 from utils.policy import build_optimizer
 
 QWEN_1_5B = {
@@ -85,19 +86,31 @@ def saved_bytes(model: torch.nn.Module, n_sequences: int, length: int) -> int:
             kept[pointer] = tensor
         return tensor
 
+    # sequences of distinct tokens, of which all but the last one predicts; the padded pass is given no last token
+    ids = torch.arange(n_sequences)[:, None].expand(n_sequences, length + 1)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model.get_decoder()(torch.zeros(n_sequences, length, dtype=torch.long), use_cache=False)
+        if is_packable(model):
+            packed_hidden_states(model, pack(ids, torch.ones(n_sequences, length, dtype=torch.bool)))
+        else:
+            model.get_decoder()(ids[:, :-1], use_cache=False)
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("attention_type", ["sdpa", "eager"])
 @pytest.mark.parametrize("n_layers", [2, 6])
-def test_activations_that_autograd_keeps(dtype, attention_type, n_layers):
+@pytest.mark.parametrize("packing", [False, True])
+def test_activations_that_autograd_keeps(dtype, attention_type, n_layers, packing):
     sizes = SMALL | {"num_hidden_layers": n_layers}
     model = build(Qwen2Config(**sizes), getattr(torch, dtype), attn_implementation=attention_type)
+    if packing:
+        assert enable_packing(model)
     config = make_config(
-        dtype=dtype, attention_type=attention_type, use_gradient_checkpointing=False, gradient_accumulation_steps=64
+        dtype=dtype,
+        attention_type=attention_type,
+        use_packing=packing,
+        use_gradient_checkpointing=False,
+        gradient_accumulation_steps=64,
     )
     estimate = estimate_peak_memory(sizes, config, longest_sequence=128)["activations"]
     assert estimate == pytest.approx(saved_bytes(model, n_sequences=4, length=128), rel=0.05)
@@ -112,7 +125,8 @@ def test_checkpointing_keeps_one_layer_and_the_beginnings_of_all():
         saved_bytes(build(Qwen2Config(**SMALL | {"num_hidden_layers": n}), torch.bfloat16), 1, 200) for n in (1, 2)
     )
     expected = saved_bytes(model, 1, 200) + two_layers - one_layer
-    assert estimate_peak_memory(sizes, make_config(), 200)["activations"] == pytest.approx(expected, rel=0.05)
+    estimate = estimate_peak_memory(sizes, make_config(use_packing=False), 200)
+    assert estimate["activations"] == pytest.approx(expected, rel=0.05)
 
 
 HEAD = """
@@ -154,8 +168,9 @@ def test_published_model_by_hand():
     assert parts["vllm_awake"] == int(0.2 * 24 * 2**30) and parts["vllm_asleep"] == 0
     # 1024 response tokens of one sequence: 4 + 2 bytes a logit in the backward pass, beside the head's gradient
     assert parts["log_probs"] == 6 * 1024 * 151936 + 2 * 1536 * 151936
-    # 28 layers' beginnings, and a layer: two norms 8 H + 4, q k v o, 4 of the MLP, a log-sum-exp a head; a last norm
-    layer = 2 * (8 * 1536 + 4) + 2 * (2 * 1536 + 2 * 256 + 4 * 8960) + 4 * 12
+    # 28 layers' beginnings, and a layer: two norms 8 H + 4, q k v, attention's output twice (padded, and back in its
+    # row), 4 of the MLP, a log-sum-exp a head; a last norm
+    layer = 2 * (8 * 1536 + 4) + 2 * (3 * 1536 + 2 * 256 + 4 * 8960) + 4 * 12
     assert parts["activations"] == 1500 * (28 * 2 * 1536 + layer + 8 * 1536 + 4)
     resting = parts["weights"] + parts["optimizer"] + parts["allowance"]
     assert parts["rollout_peak"] == resting + parts["vllm_awake"]

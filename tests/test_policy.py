@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,8 +12,16 @@ import torch
 from update_cases import ON_POLICY, make_batch
 
 from configs.defaults import Training
+from utils import policy as policy_module
 from utils.log_probs import has_plain_head
-from utils.policy import build_optimizer, context_length, load_policy, load_tokenizer
+from utils.policy import (
+    build_optimizer,
+    choose_cpu_products,
+    context_length,
+    load_policy,
+    load_tokenizer,
+    product_error,
+)
 from utils.update import update_policy
 
 
@@ -47,6 +56,35 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(
 def test_attention_kernels_agree(tiny_model_dir: Path, plain_weights: torch.Tensor) -> None:
     eager = weights_after_updates(tiny_model_dir, replace(ON_POLICY, attention_type="eager"))
     torch.testing.assert_close(eager, plain_weights, atol=1e-4, rtol=0)
+
+
+@pytest.fixture
+def mkl_afterwards() -> Iterator[None]:
+    yield
+    choose_cpu_products(use_onednn=False)
+
+
+@pytest.mark.usefixtures("mkl_afterwards")
+@pytest.mark.filterwarnings("ignore:training.use_onednn")  # where this processor would round
+@pytest.mark.parametrize("attention_type", ["sdpa", "eager"])
+def test_products_by_onednn_agree(tiny_model_dir: Path, plain_weights: torch.Tensor, attention_type: str) -> None:
+    weights = weights_after_updates(tiny_model_dir, replace(ON_POLICY, use_onednn=True, attention_type=attention_type))
+    assert product_error() < 1e-6  # of float32, whoever makes the product
+    torch.testing.assert_close(weights, plain_weights, atol=1e-4, rtol=0)
+
+
+@pytest.mark.usefixtures("mkl_afterwards")
+def test_products_that_would_be_rounded_stay_with_mkl(monkeypatch: pytest.MonkeyPatch) -> None:
+    matmul = torch.backends.mkldnn.matmul
+    monkeypatch.setattr(policy_module, "product_error", lambda: 3e-3)
+    with pytest.warns(UserWarning, match="use_onednn: oneDNN rounds to bfloat16 on this processor, so MKL is used"):
+        choose_cpu_products(use_onednn=True)
+    assert matmul.fp32_precision == "none"
+    monkeypatch.setattr(policy_module, "product_error", lambda: 3e-7)
+    choose_cpu_products(use_onednn=True)
+    assert matmul.fp32_precision == "bf16"
+    choose_cpu_products(use_onednn=False)
+    assert matmul.fp32_precision == "none"
 
 
 @pytest.mark.slow

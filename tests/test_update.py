@@ -13,7 +13,8 @@ from update_cases import ON_POLICY, N, make_batch
 
 from configs.defaults import Training
 from utils.records import TrainBatch
-from utils.update import StepSums, UpdateResult, take_optimizer_step, update_policy
+from utils.step_sums import StepSums
+from utils.update import UpdateResult, minibatches, take_optimizer_step, update_policy
 
 
 @pytest.fixture(scope="module")
@@ -124,20 +125,81 @@ def test_clip_and_no_clip_are_one_on_policy_and_two_off_policy(policy_float64: t
     assert not equal(replace(ON_POLICY, epochs_per_rollout_batch=4, learning_rate=0.05))
 
 
+def sampler_gap(policy: torch.nn.Module, batch: TrainBatch, rows: list[int]) -> tuple[float, float]:
+    """KL(sampler || policy) and the largest difference over these rows' response tokens, from full logits."""
+    with torch.no_grad():
+        log_softmax = policy(batch.input_ids).logits[:, :-1].log_softmax(-1)
+    log_probs = log_softmax.gather(-1, batch.input_ids[:, 1:, None])[..., 0]
+    difference = (log_probs - batch.sampler_log_probs)[rows][batch.response_mask[rows]]
+    return (difference.exp() - 1 - difference).mean().item(), difference.abs().max().item()
+
+
+def assert_sampler_gap(metrics: dict[str, float], expected: tuple[float, float]) -> None:
+    found = metrics["train/sampler_kl"], metrics["train/sampler_max_diff"]
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
 def test_statistics_are_over_response_tokens_of_the_whole_step(policy: torch.nn.Module) -> None:
     batch = make_batch()
     with torch.no_grad():
-        logits = policy(batch.input_ids).logits[:, :-1]
-    mask = batch.response_mask
-    log_softmax = logits.log_softmax(-1)
-    entropy = -(log_softmax.exp() * log_softmax).sum(-1)[mask].mean()
-    difference = log_softmax.gather(-1, batch.input_ids[:, 1:, None])[..., 0][mask] + 1.0  # the sampler said -1
-    everything = replace(ON_POLICY, skip_zero_advantage=False)
-    metrics = update(policy, batch, everything).metrics
+        log_softmax = policy(batch.input_ids).logits[:, :-1].log_softmax(-1)
+    entropy = -(log_softmax.exp() * log_softmax).sum(-1)[batch.response_mask].mean()
+    expected = sampler_gap(policy, batch, list(range(N)))
+    metrics = update(policy, batch, replace(ON_POLICY, skip_zero_advantage=False)).metrics
     assert metrics["train/entropy"] == pytest.approx(entropy.item(), rel=1e-5)
-    assert metrics["train/sampler_kl"] == pytest.approx((difference.exp() - 1 - difference).mean().item(), rel=1e-4)
-    assert metrics["train/sampler_max_diff"] == pytest.approx(difference.abs().max().item(), rel=1e-5)
-    assert metrics["train/trained_tokens"] == mask.sum()
+    assert_sampler_gap(metrics, expected)
+    assert metrics["train/trained_tokens"] == batch.response_mask.sum()
+
+
+SEVERAL_STEPS = replace(ON_POLICY, train_batch_size=4, epochs_per_rollout_batch=2, learning_rate=0.05)
+
+
+def test_sampler_statistics_with_old_log_probs_are_over_all_that_is_trained_on(policy: torch.nn.Module) -> None:
+    batch = make_batch()
+    expected = sampler_gap(policy, batch, [0, 1, 2, 3])  # the second group's advantages are 0
+    assert_sampler_gap(update(policy, batch, SEVERAL_STEPS).metrics, expected)
+
+
+@pytest.mark.parametrize("loss_type", ["no_baseline", "reinforce_with_baseline"])
+def test_sampler_statistics_without_old_log_probs_are_the_first_optimizer_steps(
+    policy: torch.nn.Module, loss_type: str
+) -> None:
+    """Later ones train on the same tokens with weights that the sampler never had."""
+    batch, training = make_batch(rewards=(1, 0, 0, 1, 1, 0, 1, 1)), replace(SEVERAL_STEPS, loss_type=loss_type)
+    signal = batch.rewards if loss_type == "no_baseline" else batch.advantages
+    first = [row for row in next(minibatches(N, training, grpo_step=0)).tolist() if signal[row] != 0]
+    expected = sampler_gap(policy, batch, first)
+    metrics = update(policy, batch, training).metrics
+    assert metrics["train/trained_tokens"] > batch.response_mask[first].sum()
+    assert "train/mean_ratio" not in metrics
+    assert_sampler_gap(metrics, expected)
+
+
+def test_sampler_statistics_of_a_step_that_trains_on_nothing_are_one_microbatchs(policy: torch.nn.Module) -> None:
+    """Here of all rollouts, under the weights before AdamW's momentum moves them."""
+    training = replace(ON_POLICY, gradient_accumulation_steps=1)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-2)
+    update_policy(policy, optimizer, make_batch(), training, 0)
+    batch = make_batch(rewards=(1,) * N, seed=1)
+    expected = sampler_gap(policy, batch, list(range(N)))
+    metrics = update_policy(policy, optimizer, batch, training, 1).metrics
+    assert metrics["train/trained_tokens"] == 0.0
+    assert sampler_gap(policy, batch, list(range(N))) != pytest.approx(expected, rel=1e-4)
+    assert_sampler_gap(metrics, expected)
+
+
+def test_sampler_statistics_where_only_later_optimizer_steps_train(policy: torch.nn.Module) -> None:
+    """The first minibatch has no signal and is compared all the same; the second meets other weights."""
+    training = replace(SEVERAL_STEPS, loss_type="reinforce_with_baseline", epochs_per_rollout_batch=1)
+    training.gradient_accumulation_steps = 1
+    first = next(minibatches(N, training, grpo_step=0)).tolist()
+    batch = make_batch()
+    batch.advantages[:] = 1.0
+    batch.advantages[first] = 0.0
+    expected = sampler_gap(policy, batch, first)
+    metrics = update(policy, batch, training).metrics
+    assert metrics["train/trained_tokens"] == batch.response_mask.sum() - batch.response_mask[first].sum()
+    assert_sampler_gap(metrics, expected)
 
 
 def test_a_batch_without_signal_moves_weights_by_momentum_alone(policy: torch.nn.Module) -> None:

@@ -11,8 +11,9 @@ from update_cases import ON_POLICY, make_batch
 
 from utils.batching import take_microbatch
 from utils.policy import build_optimizer, load_policy
+from utils.step_sums import StepSums
 from utils.trial import try_longest_microbatch
-from utils.update import StepSums, train_on_microbatch, update_policy
+from utils.update import train_on_microbatch, update_policy
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 ON_CUDA = replace(ON_POLICY, device="cuda:0")

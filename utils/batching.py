@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from utils.packing import Packing, pack
 from utils.records import Rollout, TrainBatch
 
 
@@ -80,22 +81,28 @@ class Microbatch:
     advantages: Tensor  # (M, 1)
     denominators: Tensor  # (M,)
     old_log_probs: Tensor | None  # (M, t-1), or None where they are the current ones
+    packing: Packing | None  # the same tokens without padding, for policies that take them so
 
 
 def take_microbatch(
-    batch: TrainBatch, rows: Tensor, denominators: Tensor, old_log_probs: Tensor | None, device: torch.device
+    batch: TrainBatch,
+    rows: Tensor,
+    denominators: Tensor,
+    old_log_probs: Tensor | None,
+    device: torch.device,
+    packed: bool = False,
 ) -> Microbatch:
     """Pick rows (M,) out of a batch; `denominators` (B,), `old_log_probs` (B, T-1). Copies do not stall the GPU."""
     width = int(batch.sequence_lengths[rows].max())
 
-    mask = batch.response_mask[rows, : width - 1]
+    input_ids, mask = batch.input_ids[rows, :width], batch.response_mask[rows, : width - 1]
 
     def on_device(tensor: Tensor) -> Tensor:
         return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
     return Microbatch(
         rows=rows,
-        input_ids=on_device(batch.input_ids[rows, :width]),
+        input_ids=on_device(input_ids),
         response_mask=on_device(mask),
         response_index=on_device(mask.flatten().nonzero().squeeze(-1)),
         sampler_log_probs=on_device(batch.sampler_log_probs[rows, : width - 1]),
@@ -103,22 +110,33 @@ def take_microbatch(
         advantages=on_device(batch.advantages[rows, None]),
         denominators=on_device(denominators[rows]),
         old_log_probs=None if old_log_probs is None else on_device(old_log_probs[rows, : width - 1]),
+        packing=pack(input_ids, mask).to(device) if packed and mask.any() else None,
     )
 
 
-def split_rows(rows: Tensor, sequence_lengths: Tensor, size: int, max_tokens: int | None = None) -> list[Tensor]:
+def split_rows(
+    rows: Tensor, sequence_lengths: Tensor, size: int, max_tokens: int | None = None, group_size: int = 1
+) -> list[Tensor]:
     """Cut rows (N,) into microbatches of neighbours in length, so that little is padding; longest first.
 
     `size` sequences each, or as many as fit into `max_tokens` with their padding (at least one). Longest first, so that
-    a lack of memory shows at the first microbatch.
+    a lack of memory shows at the first microbatch. With `group_size`, the rows of a group, which share a prompt, stay
+    together, and groups are sorted by their longest row.
     """
-    order = rows[sequence_lengths[rows].argsort(descending=True, stable=True)]
-    pieces, start = [], 0
-    while start < len(order):
-        longest = int(sequence_lengths[order[start]])
-        end = start + (size if max_tokens is None else max(1, max_tokens // longest))
-        pieces.append(order[start:end])
-        start = end
+    lengths, groups = sequence_lengths[rows], rows // group_size
+    longest = torch.zeros(len(sequence_lengths), dtype=torch.int64).scatter_reduce(0, groups, lengths, "amax")[groups]
+    # lexicographic, the weightiest key last: within a group by length, then by group, then by the group's longest
+    order = lengths.argsort(descending=True, stable=True)
+    order = order[groups[order].argsort(stable=True)]
+    order = order[longest[order].argsort(descending=True, stable=True)]
+    pieces, start, width = [], 0, 0
+    for i, length in enumerate(lengths[order].tolist()):
+        width = max(width, length)
+        if i > start and (i - start == size if max_tokens is None else (i + 1 - start) * width > max_tokens):
+            pieces.append(rows[order[start:i]])
+            start, width = i, length
+    if len(rows):
+        pieces.append(rows[order[start:]])
     return pieces
 
 

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from utils.grpo import compute_entropy
+from utils.packing import Packing, is_packable, pack, packed_hidden_states
 
 # These backbones take a mask per layer type. Giving them "no mask" spares the check for packed sequences that
 # transformers makes on every forward pass, which waits for the device.
 TAKES_MASK_BY_LAYER_TYPE = {"qwen2", "qwen3"}
 # With these, no mask means causal; eager attention without a mask looks at the future.
-CAUSAL_WITHOUT_MASK = {"sdpa", "flash_attention_2", "flash_attention_3"}
+CAUSAL_WITHOUT_MASK = {"sdpa", "flash_attention_2", "flash_attention_3", "packed_sdpa", "packed_eager"}
 
 _plain_heads: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
@@ -57,10 +58,12 @@ def response_log_probs(
     chunk_size: int = 2048,
     with_entropy: bool = False,
     response_index: Tensor | None = None,
+    packing: Packing | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probs of response tokens under softmax(logits / temperature), and that distribution's entropy, in nats.
 
-    Sequences are padded on the right, so with causal attention no real token sees padding and no mask is needed.
+    A policy that packing is enabled for sees no padding, and a prompt once for all its responses. To others sequences
+    are padded on the right, so with causal attention no real token sees padding and no mask is needed.
 
     Args:
         policy: a Hugging Face causal language model. To compile it, compile its backbone in place
@@ -72,6 +75,7 @@ def response_log_probs(
         with_entropy: whether to compute the entropy in the same pass; it carries no gradient.
         response_index: (N,) int64, `response_mask.flatten().nonzero()`, if it was computed before: finding it on an
             accelerator makes the host wait for the device.
+        packing: `pack(input_ids, response_mask)`, if it was computed before, for the same reason.
 
     Returns:
         log_probs (B, T-1) float32, with gradient, and entropy (B, T-1) float32 or None; both 0 outside the mask.
@@ -84,7 +88,12 @@ def response_log_probs(
     labels = input_ids.flatten().index_select(0, hidden_index + 1)
 
     if has_plain_head(policy):
-        hidden = _hidden_states(policy, input_ids).flatten(0, 1).index_select(0, hidden_index)
+        if is_packable(policy) and len(response_index):
+            if packing is None:
+                packing = pack(input_ids.cpu(), response_mask.cpu()).to(input_ids.device)
+            hidden = packed_hidden_states(policy, packing)
+        else:
+            hidden = _hidden_states(policy, input_ids).flatten(0, 1).index_select(0, hidden_index)
         weight = policy.get_output_embeddings().weight
         if torch.is_autocast_enabled(hidden.device.type):
             autocast_dtype = torch.get_autocast_dtype(hidden.device.type)

@@ -130,7 +130,7 @@ def estimate_peak_memory(
     """
     training, sizes, bytes_each = config.training, _sizes(model_config), BYTES[config.training.dtype]
     n_parameters = count_parameters(model_config)["total"]
-    n_sequences = training.train_batch_size // training.gradient_accumulation_steps
+    n_sequences = training.microbatch_size
     if training.max_tokens_per_microbatch is not None:
         n_sequences = max(1, min(training.train_batch_size, training.max_tokens_per_microbatch // longest_sequence))
     n_tokens = n_sequences * longest_sequence
@@ -184,9 +184,15 @@ def _activations(sizes: dict[str, int], config: Config, n_tokens: int, longest_s
     # gate, its activation, up, and their product
     norm = (4 + 2 * bytes_each) * hidden + 4
     layer = 2 * norm + bytes_each * (2 * sizes["q"] + 2 * sizes["kv"] + 4 * sizes["intermediate"]) + 4 * sizes["heads"]
+    if training.use_packing:
+        layer += bytes_each * sizes["q"]  # attention's output, put back into the row
     if training.attention_type == "eager":
-        # softmax in float32 and its copy in the dtype; keys and values repeated for every query head
-        layer += (4 + bytes_each % 4) * sizes["heads"] * longest_sequence + 2 * bytes_each * (sizes["q"] - sizes["kv"])
+        # softmax in float32 and its copy in the dtype; what the packed version does not keep: output and log-sum-exp
+        layer += (4 + bytes_each % 4) * sizes["heads"] * longest_sequence
+        if training.use_packing:
+            layer -= bytes_each * sizes["q"] + 4 * sizes["heads"]
+        else:  # keys and values repeated for every query head
+            layer += 2 * bytes_each * (sizes["q"] - sizes["kv"])
     if training.use_gradient_checkpointing:
         # the residual stream at every layer's start, and one layer computed again
         per_token = sizes["n_layers"] * BYTES[training.dtype] * hidden + layer

@@ -6,8 +6,10 @@ import torch
 
 from configs.defaults import Training
 from utils.batching import make_train_batch, take_microbatch
+from utils.packing import is_packable
 from utils.records import Problem, Prompt, Rollout
-from utils.update import StepSums, train_on_microbatch
+from utils.step_sums import StepSums
+from utils.update import train_on_microbatch
 
 KNOBS = (
     "training.gradient_accumulation_steps (more), training.max_tokens_per_microbatch (fewer), training.max_tokens, "
@@ -24,16 +26,19 @@ def try_longest_microbatch(policy: torch.nn.Module, training: Training, longest_
     """
     device = next(policy.parameters()).device
     length = longest_prompt + training.max_tokens
-    size = training.train_batch_size // training.gradient_accumulation_steps
+    size = training.microbatch_size
     if training.max_tokens_per_microbatch is not None:
         size = max(1, min(training.train_batch_size, training.max_tokens_per_microbatch // length))
-    prompt = Prompt(Problem("", ""), "", (0,) * longest_prompt)
-    rollout = Rollout(prompt, "", (0,) * training.max_tokens, (0.0,) * training.max_tokens, "length")
+    # prompts that differ, for a prompt shared by several rollouts is computed once
+    n_ids = policy.get_input_embeddings().num_embeddings
+    prompts = [Prompt(Problem("", ""), "", (row % n_ids,) * longest_prompt) for row in range(size)]
+    response = (0,) * training.max_tokens
+    rollouts = [Rollout(prompt, "", response, (0.0,) * len(response), "length") for prompt in prompts]
     ones = torch.ones(size)
-    batch = make_train_batch([rollout] * size, ones, ones, pad_id=0)
+    batch = make_train_batch(rollouts, ones, ones, pad_id=0)
     try:
         optimizer_state = torch.empty(optimizer_bytes(policy, training), dtype=torch.uint8, device=device)
-        microbatch = take_microbatch(batch, torch.arange(size), ones, None, device)
+        microbatch = take_microbatch(batch, torch.arange(size), ones, None, device, is_packable(policy))
         train_on_microbatch(policy, microbatch, training, StepSums())
         del optimizer_state
     except torch.OutOfMemoryError as error:

@@ -13,8 +13,10 @@ from configs.defaults import Training
 from utils.batching import Microbatch, split_rows, take_microbatch
 from utils.grpo import grpo_microbatch_train_step, length_denominators
 from utils.log_probs import response_log_probs
+from utils.packing import is_packable
 from utils.records import TrainBatch
 from utils.seeding import derive_seed
+from utils.step_sums import StepSums, add_sampler_gap, add_statistics
 from utils.weight_movement import WeightMovement
 
 
@@ -33,34 +35,6 @@ class UpdateResult:
         for was_skipped in self.skipped:
             before = before + 1 if was_skipped else 0
         return before
-
-
-@dataclass
-class StepSums:
-    """Sums over response tokens, kept on the device and read once, at the end of the GRPO step."""
-
-    sums: dict[str, Tensor] = field(default_factory=dict)
-    losses: list[Tensor] = field(default_factory=list)  # one an optimizer step
-    grad_norms: list[Tensor] = field(default_factory=list)
-
-    def add(self, name: str, value: Tensor) -> None:
-        self.sums[name] = self.sums.get(name, 0) + value.detach().double()
-
-    def metrics(self, max_grad_norm: float) -> dict[str, float]:
-        """Means over response tokens, and over optimizer steps. A quantity that nothing was trained on is left out."""
-        sums = {name: value.item() for name, value in self.sums.items()}
-        tokens = sums.pop("tokens", 0.0)
-        max_diff = sums.pop("sampler_max_diff", None)
-        metrics = {f"train/{name}": value / tokens for name, value in sums.items()} if tokens else {}
-        if max_diff is not None and tokens:
-            metrics["train/sampler_max_diff"] = max_diff
-        norms = torch.stack(self.grad_norms).double().cpu() if self.grad_norms else torch.empty(0)
-        if len(norms):
-            metrics["train/loss"] = torch.stack(self.losses).double().mean().item()
-            metrics["train/grad_norm"] = norms.mean().item()
-            metrics["train/frac_grad_clipped"] = (norms > max_grad_norm).double().mean().item()
-        metrics["train/trained_tokens"] = tokens
-        return metrics
 
 
 def update_policy(
@@ -89,10 +63,12 @@ def update_policy(
         old_log_probs = compute_old_log_probs(policy, batch, trained.nonzero().flatten(), training)
 
     for rows in minibatches(len(signal), training, grpo_step):
-        untouched = result.n_optimizer_steps == 0
+        untouched = sums.weights_untouched
+        if untouched and not trained[rows].any():
+            compare_without_training(policy, batch, rows, training, sums)
         loss = torch.zeros((), device=device)
         nonfinite = []
-        for microbatch in microbatches(batch, rows, trained, old_log_probs, training, device):
+        for microbatch in microbatches(policy, batch, rows, trained, old_log_probs, training):
             microbatch_loss, bad_rows = train_on_microbatch(policy, microbatch, training, sums)
             loss += microbatch_loss
             nonfinite.append((microbatch.rows, bad_rows))
@@ -130,8 +106,10 @@ def compute_old_log_probs(policy: torch.nn.Module, batch: TrainBatch, rows: Tens
     parameter = next(policy.parameters())
     unused = torch.ones(len(batch.rewards))
     computed = []
-    for piece in split_rows(rows, batch.sequence_lengths, training.old_log_probs_train_size):
-        microbatch = take_microbatch(batch, piece, unused, None, parameter.device)
+    packed = is_packable(policy)
+    group_size = training.group_size if packed else 1
+    for piece in split_rows(rows, batch.sequence_lengths, training.old_log_probs_train_size, None, group_size):
+        microbatch = take_microbatch(batch, piece, unused, None, parameter.device, packed)
         computed.append((piece, policy_log_probs(policy, microbatch, training, with_entropy=False)[0]))
     old_log_probs = torch.zeros(batch.response_mask.shape, dtype=torch.promote_types(parameter.dtype, torch.float32))
     for piece, log_probs in computed:  # copied here and not above, where each copy would wait for the device
@@ -147,21 +125,25 @@ def minibatches(n_rollouts: int, training: Training, grpo_step: int) -> Iterator
 
 
 def microbatches(
+    policy: torch.nn.Module,
     batch: TrainBatch,
     rows: Tensor,
     trained: Tensor,
     old_log_probs: Tensor | None,
     training: Training,
-    device: torch.device,
 ) -> Iterator[Microbatch]:
     """Cut the rows of a minibatch that are trained on. Denominators are counted before anything is left out."""
-    size = training.train_batch_size // training.gradient_accumulation_steps
+    device, packed = next(policy.parameters()).device, is_packable(policy)
+    size = training.microbatch_size
     denominators = torch.ones(len(trained))
     denominators[rows] = length_denominators(
         batch.response_lengths[rows], training.normalize_mode, training.normalize_constant, size
     )
-    for piece in split_rows(rows[trained[rows]], batch.sequence_lengths, size, training.max_tokens_per_microbatch):
-        yield take_microbatch(batch, piece, denominators, old_log_probs, device)
+    group_size = training.group_size if packed else 1  # a prompt is computed once for the rows that stay together
+    for piece in split_rows(
+        rows[trained[rows]], batch.sequence_lengths, size, training.max_tokens_per_microbatch, group_size
+    ):
+        yield take_microbatch(batch, piece, denominators, old_log_probs, device, packed)
 
 
 def policy_log_probs(
@@ -180,6 +162,7 @@ def policy_log_probs(
             chunk_size=training.log_prob_chunk_size,
             with_entropy=with_entropy,
             response_index=microbatch.response_index,
+            packing=microbatch.packing,
         )
 
 
@@ -202,37 +185,23 @@ def train_on_microbatch(
         denominators=microbatch.denominators,
         n_sequences=training.train_batch_size,
     )
-    # several optimizer steps with a loss that needs no old log-probs: then nothing tells what the sampler believed
+    # several optimizer steps with a loss that needs no old log-probs: nothing tells the ratio
     known = microbatch.old_log_probs is not None or not takes_several_steps(training)
-    add_statistics(sums, microbatch, current, old if known else None, entropy, metadata)
+    add_statistics(sums, microbatch.response_mask, torch.exp(current - old) if known else None, entropy, metadata)
+    if microbatch.old_log_probs is not None or sums.weights_untouched:
+        add_sampler_gap(sums, microbatch, old)
     finite = torch.isfinite(current) & torch.isfinite(old) & torch.isfinite(microbatch.sampler_log_probs)
     return loss, ~finite.all(dim=1)
 
 
-def add_statistics(
-    sums: StepSums,
-    microbatch: Microbatch,
-    current: Tensor,
-    old: Tensor | None,
-    entropy: Tensor,
-    metadata: dict[str, Tensor],
+@torch.no_grad()
+def compare_without_training(
+    policy: torch.nn.Module, batch: TrainBatch, rows: Tensor, training: Training, sums: StepSums
 ) -> None:
-    """Add a microbatch's response tokens to the step's sums. What compares with the sampler needs old log-probs."""
-    mask = microbatch.response_mask
-    sums.add("tokens", mask.sum())
-    clipped = metadata.get("clipped", torch.zeros_like(mask))
-    for name, values in {"entropy": entropy, "clip_fraction": clipped}.items():
-        sums.add(name, torch.where(mask, values.float(), 0.0).sum())
-    if old is None:
-        return
-    ratio = metadata.get("ratio", torch.exp(current - old))
-    # KL(sampler || trainer) by the estimator r - 1 - log r, which is never negative (Schulman 2020)
-    difference = torch.where(mask, old - microbatch.sampler_log_probs, 0.0)
-    kl = torch.expm1(difference) - difference
-    for name, values in {"mean_ratio": ratio, "sampler_kl": kl}.items():
-        sums.add(name, torch.where(mask, values.float(), 0.0).sum())
-    largest = difference.abs().max().double()
-    sums.sums["sampler_max_diff"] = torch.maximum(sums.sums.get("sampler_max_diff", largest), largest)
+    """Compare one microbatch of these rows with the sampler, by a forward pass: none of them is trained on."""
+    all_rows = torch.ones(len(batch.rewards), dtype=torch.bool)
+    microbatch = next(microbatches(policy, batch, rows, all_rows, None, training))
+    add_sampler_gap(sums, microbatch, policy_log_probs(policy, microbatch, training, with_entropy=False)[0])
 
 
 def clip_gradients(policy: torch.nn.Module, max_grad_norm: float) -> Tensor:
