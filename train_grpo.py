@@ -14,13 +14,15 @@ Exit status: 0 finished, 1 an error, 2 a mistake in what was asked for, 3 collap
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from utils.config import describe_fields, load_config
+from utils.dry_run import describe_run
 from utils.ending import Status, StopRequest, TimeLimit
-from utils.preflight import describe_run
+from utils.preflight import check_before_loading
 
 if TYPE_CHECKING:
     from utils.run import Run
@@ -47,7 +49,9 @@ def train(run: Run) -> Status:
         step = run.state.grpo_step
         prompts = run.problem_stream.draw(t.rollout_batch_size // t.group_size)
         with run.phase("rollout"):
-            rollouts = run.engine.generate(prompts, n=t.group_size, seed=derive_seed(t.seed, "rollouts", step))
+            rollouts = run.engine.generate(
+                prompts, n=t.group_size, seed=derive_seed(t.seed, "rollouts", step), stop=lambda: run.stop.requested
+            )
         if run.stop.requested:
             continue
         run.check_engine(rollouts)
@@ -71,8 +75,9 @@ def main(arguments: Sequence[str] | None = None) -> Status:
     try:
         config = load_config(options.config, options.overrides)
         if options.dry_run:
-            print(describe_run(config))
+            print(describe_run(config, options.resume, options.allow_changes))
             return Status.FINISHED
+        check_before_loading(config, options.resume, options.allow_changes)
     except ValueError as mistake:
         return report_mistake(mistake)
 
@@ -115,4 +120,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:  # while torch is imported; from then on a StopRequest listens
+        print("\ninterrupted before the run began", file=sys.stderr)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGINT)  # a shell shows it as 130

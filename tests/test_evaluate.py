@@ -54,7 +54,7 @@ def test_response_metrics_by_hand() -> None:
 
 def test_standard_error_is_over_problems_not_responses() -> None:
     class Engine:
-        def generate(self, prompts, n, seed, temperature=None, label=""):
+        def generate(self, prompts, n, seed, temperature=None, label="", stop=None):
             return [rollout("", 1, "stop") for _ in prompts for _ in range(n)]
 
     class Scorer:
@@ -91,8 +91,36 @@ def test_the_command_evaluates_a_checkpoint(tiny_model_dir: Path, tmp_path: Path
     }
 
 
+def refused(*arguments: str, cwd: Path) -> str:
+    """What the command says when it refuses, which is one line."""
+    command = [sys.executable, str(ROOT / "play-scripts" / "evaluate.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd)
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    return line
+
+
 def test_a_checkpoint_outside_a_run_needs_a_config(tiny_model_dir: Path, tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "play-scripts" / "evaluate.py"), str(tiny_model_dir)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 2
-    assert "lies in no run folder, so its config is unknown; give --config" in done.stderr
+    message = refused(str(tiny_model_dir), cwd=tmp_path)
+    assert "lies in no run folder, so its config is unknown; give --config" in message
+
+
+def test_a_folder_that_is_no_checkpoint_comes_with_those_in_it(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "checkpoints" / "step_000002").mkdir(parents=True)
+    (run / "metrics.jsonl").touch()
+    said = "error: {} is no checkpoint: it holds no config.json"
+    assert refused("run", cwd=tmp_path) == said.format("run")
+    (run / "checkpoints" / "last").symlink_to("step_000002")
+    assert refused("run", cwd=tmp_path) == said.format("run") + "; give run/checkpoints/last"
+    (run / "checkpoints" / "best").symlink_to("step_000002")
+    both = "; give run/checkpoints/best or run/checkpoints/last"
+    assert refused("run", cwd=tmp_path) == said.format("run") + both
+    assert refused("run/checkpoints", cwd=tmp_path) == said.format("run/checkpoints") + both
+    assert refused("./none", cwd=tmp_path) == said.format("./none")
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(tiny_model_dir: Path, tmp_path: Path) -> None:
+    for output in ("nowhere/figures.json", "."):
+        message = refused(str(tiny_model_dir), "--output", output, cwd=tmp_path)
+        assert message == f"error: --output {output}: give a file in a folder that exists"

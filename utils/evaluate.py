@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from utils.records import Prompt, Reward, Rollout, RolloutEngine
 from utils.rewards import RewardScorer
@@ -16,13 +16,16 @@ def evaluate(
     seed: int,
     n: int = 1,
     temperature: float | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> tuple[dict[str, float], list[Rollout], list[Reward]]:
     """Sample n responses a prompt and score them: (`eval/*` metrics, rollouts, rewards), a prompt's side by side.
 
-    The seed is the evaluation's own and the same every time, so that differences are the policy's. `temperature` as
-    in `RolloutEngine.generate`.
+    The seed is the evaluation's own and the same every time, so that differences are the policy's. `temperature` and
+    `stop` as in `RolloutEngine.generate`: all three are empty where the generation was stopped.
     """
-    rollouts = engine.generate(prompts, n=n, seed=seed, temperature=temperature, label="evaluation")
+    rollouts = engine.generate(prompts, n=n, seed=seed, temperature=temperature, label="evaluation", stop=stop)
+    if not rollouts:
+        return {}, [], []
     rewards = scorer.score(rollouts)
     metrics = response_metrics("eval", rollouts, rewards)
     per_problem = [mean([r.total for r in rewards[i : i + n]]) for i in range(0, len(rewards), n)]

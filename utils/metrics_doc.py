@@ -43,9 +43,11 @@ METRICS: dict[str, str] = {
     "train/entropy": "mean entropy of the next-token predictions over the tokens trained on, nats",
     "train/mean_ratio": "mean of policy over old probability of a token trained on; 1 on-policy",
     "train/clip_fraction": "share of the tokens trained on where clipping changed the objective",
-    "train/sampler_kl": "KL(sampler || trainer) over the tokens trained on, nats, by the estimator r - 1 - log r",
-    "train/sampler_max_diff": "largest absolute difference of sampler and trainer log-probs, nats; up to `min_tokens` "
-    "they differ by the end ids, which the sampler may not take there",
+    "train/sampler_kl": "KL(sampler || trainer) by the estimator r - 1 - log r, nats, mean over the tokens trained on: "
+    "of all optimizer steps where the loss needs old log-probs, else of the first; where the first trains on nothing, "
+    "of one microbatch of it",
+    "train/sampler_max_diff": "largest absolute difference of sampler and trainer log-probs on these tokens, nats; up "
+    "to `min_tokens` they differ by the end ids, which the sampler may not take there",
     "train/frac_weights_moved": "share of the weights that the step changed, from up to 65,536 of each tensor",
     "train/rollout_dt": "seconds to generate the rollouts",
     "train/grading_dt": "seconds to score them",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -94,12 +94,20 @@ class RolloutEngine(Protocol):
     sampling: Sampling
 
     def generate(
-        self, prompts: Sequence[Prompt], n: int, seed: int, temperature: float | None = None, label: str = "rollouts"
+        self,
+        prompts: Sequence[Prompt],
+        n: int,
+        seed: int,
+        temperature: float | None = None,
+        label: str = "rollouts",
+        stop: Callable[[], bool] = lambda: False,
     ) -> list[Rollout]:
         """Sample n responses a prompt: len(prompts) * n rollouts, those of one prompt side by side.
 
         Response j of prompt i is sampled with the seed `seed + i * n + j`, so equal arguments and weights give equal
         rollouts. `temperature` stands in for `sampling.temperature` (0: greedy); `label` names the progress bar.
+
+        `stop` is asked at every token; if it says yes, the result is an empty list, and never a part of the rollouts.
         """
 
     def update_weights(self, policy: torch.nn.Module) -> dict[str, float]:

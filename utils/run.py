@@ -187,7 +187,11 @@ class Run:
             return
         started = time.perf_counter()
         seed = derive_seed(t.seed, "evaluation")
-        metrics, rollouts, rewards = evaluate(self.engine, self.validation_prompts, self.scorer, seed)
+        metrics, rollouts, rewards = evaluate(
+            self.engine, self.validation_prompts, self.scorer, seed, stop=lambda: self.stop.requested
+        )
+        if not rollouts:  # asked to stop: a resumed run evaluates anew
+            return
         seconds = time.perf_counter() - started
         self.log.evaluation(step, {**metrics, **self._grading_metrics("eval"), "train/eval_dt": seconds})
         self.log.rollouts("eval", step, rollouts, rewards, n=t.n_rollouts_to_log)

@@ -64,13 +64,12 @@ def self_check(
     if not mask.any():
         logger.warning("self-check: no response is longer than min_tokens, so nothing could be compared")
         return {}
-    model = getattr(policy, "_orig_mod", policy)
     autocast_dtype = getattr(torch, config.training.autocast_dtype) if config.training.autocast_dtype else None
-    with sampling_mode(model, autocast_dtype):
+    with sampling_mode(policy, autocast_dtype):
         trainer_log_probs, _ = response_log_probs(
-            model,
-            batch.input_ids.to(model.device),
-            batch.response_mask.to(model.device),
+            policy,
+            batch.input_ids.to(policy.device),
+            batch.response_mask.to(policy.device),
             temperature=engine.sampling.temperature,
             chunk_size=config.training.log_prob_chunk_size,
         )

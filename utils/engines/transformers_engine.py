@@ -68,7 +68,13 @@ class TransformersEngine:
         self._vocabulary_size = len(tokenizer)
 
     def generate(
-        self, prompts: Sequence[Prompt], n: int, seed: int, temperature: float | None = None, label: str = "rollouts"
+        self,
+        prompts: Sequence[Prompt],
+        n: int,
+        seed: int,
+        temperature: float | None = None,
+        label: str = "rollouts",
+        stop: Callable[[], bool] = lambda: False,
     ) -> list[Rollout]:
         """See `utils.records.RolloutEngine`. Raises RuntimeError if a log-prob is not finite."""
         temperature = self.sampling.temperature if temperature is None else temperature
@@ -79,7 +85,9 @@ class TransformersEngine:
         with progress_bar(label, len(requests)) as advance, sampling_mode(self._model, self.autocast_dtype):
             for start in range(0, len(order), self.batch_size):
                 batch = order[start : start + self.batch_size]
-                sampled = self._sample_batch([requests[k] for k in batch], temperature, advance)
+                sampled = self._sample_batch([requests[k] for k in batch], temperature, advance, stop)
+                if not sampled:
+                    return []
                 rollouts.update(zip(batch, sampled, strict=True))
         in_order = [rollouts[k] for k in range(len(requests))]
         check_rollouts(in_order, self.name, self._vocabulary_size)
@@ -87,8 +95,7 @@ class TransformersEngine:
 
     def update_weights(self, policy: torch.nn.Module) -> dict[str, float]:
         """Sample from this policy from here on; its later changes need no further call."""
-        # A compiled policy wraps the model. Decoding changes shape at every token and runs eagerly.
-        self._model: PreTrainedModel = getattr(policy, "_orig_mod", policy)
+        self._model: PreTrainedModel = policy
         return {}
 
     def sleep(self) -> dict[str, float]:
@@ -100,9 +107,13 @@ class TransformersEngine:
         self._model = None
 
     def _sample_batch(
-        self, requests: list[tuple[Prompt, int]], temperature: float, advance: Callable[[int], None]
+        self,
+        requests: list[tuple[Prompt, int]],
+        temperature: float,
+        advance: Callable[[int], None],
+        stop: Callable[[], bool],
     ) -> list[Rollout]:
-        """One rollout a request (prompt, seed). `advance` is told how many more have ended."""
+        """One rollout a request (prompt, seed), or none if `stop` says yes. `advance` is told how many more ended."""
         sampling, device = self.sampling, self._model.device
         uniforms = torch.stack([uniform_numbers(request_seed, sampling.max_tokens) for _, request_seed in requests])
         uniforms = uniforms.to(device)
@@ -113,6 +124,8 @@ class TransformersEngine:
         ended = [False] * len(requests)
         active = list(range(len(requests)))
         for t in range(sampling.max_tokens):
+            if stop():
+                return []
             self._forbid(logits, t)
             tokens, token_log_probs = sample_tokens(logits, uniforms[:, t], temperature, sampling.top_p)
             for row, token, log_prob in zip(active, tokens.tolist(), token_log_probs.tolist(), strict=True):

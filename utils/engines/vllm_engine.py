@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -37,23 +37,28 @@ class VllmEngine:
         sampling: Sampling,
         longest_prompt: int,
     ):
-        model = getattr(policy, "_orig_mod", policy)
         self.sampling = sampling
         self._device = config.training.device
-        self.reader = ResponseReader(tokenizer, sampling, end_ids_of(model, tokenizer))
-        self._vocabulary_size = min(len(tokenizer), model.config.vocab_size)
+        self.reader = ResponseReader(tokenizer, sampling, end_ids_of(policy, tokenizer))
+        self._vocabulary_size = min(len(tokenizer), policy.config.vocab_size)
         self._sleep_level = config.vllm.sleep_level if config.training.use_vllm_sleep_mode else None
         if self._sleep_level is not None and config.training.device == "cpu":
             logger.warning("vLLM can't sleep on the CPU: training.use_vllm_sleep_mode has no effect")
             self._sleep_level = None
         self._asleep, self._warned_of_sleep = False, False
         free_before = free_gpu_bytes()
-        self._llm = start_vllm(config, model, self._vocabulary_size, longest_prompt)
+        self._llm = start_vllm(config, policy, self._vocabulary_size, longest_prompt)
         self._bytes_at_start = free_before - free_gpu_bytes()
         check_same_tokenizer(tokenizer, self._llm.get_tokenizer(), self._vocabulary_size)
 
     def generate(
-        self, prompts: Sequence[Prompt], n: int, seed: int, temperature: float | None = None, label: str = "rollouts"
+        self,
+        prompts: Sequence[Prompt],
+        n: int,
+        seed: int,
+        temperature: float | None = None,
+        label: str = "rollouts",
+        stop: Callable[[], bool] = lambda: False,
     ) -> list[Rollout]:
         """See `utils.records.RolloutEngine`. One request a prompt, so that its n responses share the prefill.
 
@@ -67,11 +72,14 @@ class VllmEngine:
         params = [self._sampling_params(n // copies, seed + i * n, temperature) for i in range(len(prompts))]
         engine, finished = self._llm.llm_engine, []
         with preserved_random_state(), compilation(self._device), progress_bar(label, len(prompts) * n) as advance:
-            self._llm.enqueue(requests, params, use_tqdm=False)
+            request_ids = self._llm.enqueue(requests, params, use_tqdm=False)
             # Beside each log-prob vLLM would put its token as text, a quarter of the whole time with a small model.
             for state in engine.output_processor.request_states.values():
                 state.logprobs_processor.tokenizer = None
             while engine.has_unfinished_requests():
+                if stop():
+                    engine.abort_request(request_ids, internal=True)
+                    return []
                 done = [output for output in engine.step() if output.finished]
                 finished += done
                 advance(n * len(done))
@@ -165,14 +173,13 @@ def weights_for_vllm(policy: torch.nn.Module, vocabulary_size: int) -> Iterator[
     From `state_dict`, which holds a tied head under both its names: vLLM's CPU build would keep its copy of the head
     otherwise. The tensors are the policy's own memory.
     """
-    model = getattr(policy, "_orig_mod", policy)
-    vocabulary_layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    vocabulary_layers = (policy.get_input_embeddings(), policy.get_output_embeddings())
     vocabulary_names = {
-        name for name, module in model.named_modules(remove_duplicate=False) if module in vocabulary_layers
+        name for name, module in policy.named_modules(remove_duplicate=False) if module in vocabulary_layers
     }
-    for name, tensor in model.state_dict().items():
+    for name, tensor in policy.state_dict().items():
         layer = name.rpartition(".")[0]
-        # A compiled part of the policy has a prefix in its names.
+        # What torch.compile wraps, as the policy's own compilation in place does not, has a prefix in its names.
         yield name.replace("_orig_mod.", ""), tensor[:vocabulary_size] if layer in vocabulary_names else tensor
 
 

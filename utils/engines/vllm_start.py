@@ -77,9 +77,15 @@ def check_knobs(config: Config, policy: PreTrainedModel, longest_prompt: int) ->
         )
     context = getattr(policy.config, "max_position_embeddings", None)
     if context is not None and max_model_len > context:
+        if needed > context:
+            raise ValueError(
+                f"the longest prompt ({longest_prompt} tokens) and training.max_tokens ({config.training.max_tokens})"
+                f" are more than the model's context of {context} tokens: lower training.max_tokens or set"
+                f" training.max_prompt_tokens"
+            )
         raise ValueError(
             f"vllm.max_model_len={max_model_len} is above the model's context of {context} tokens:"
-            f" lower training.max_tokens or set training.max_prompt_tokens"
+            f" lower it, or set it to null to derive it ({needed})"
         )
     cache = kv_cache_bytes_per_token(config, policy) * max_model_len
     if config.training.device == "cpu":
@@ -150,8 +156,14 @@ def quiet() -> Iterator[None]:
     finally:
         logging.disable(disabled)
         logging.getLogger("vllm").setLevel(logging.ERROR)
-        # this part warns of weights that a push did not fill
+        # this part warns of weights that a push did not fill; rotary embeddings, computed from the config, need none
         logging.getLogger("vllm.model_executor.model_loader").setLevel(logging.WARNING)
+        reload_logger = logging.getLogger("vllm.model_executor.model_loader.reload.layerwise")
+        reload_logger.addFilter(_is_not_of_rotary_embeddings)
+
+
+def _is_not_of_rotary_embeddings(record: logging.LogRecord) -> bool:
+    return "RotaryEmbedding" not in record.getMessage()
 
 
 def stop_vllm(llm: LLM) -> None:
