@@ -142,6 +142,10 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="worker processes of our grader")
     parser.add_argument("--no-math-verify", action="store_true", help="leave Math-Verify out")
     args = parser.parse_args()
+    if not args.pairs and not args.hostile:
+        parser.error("nothing to grade: give --pairs, --hostile or both")
+    if missing := [str(path) for path in (*args.pairs, *args.hostile) if not path.is_file()]:
+        parser.error(f"no such file: {', '.join(missing)}")
     pairs, hostile = read_rows(args.pairs), read_rows(args.hostile)
 
     with Grader(workers=args.workers) as grader:

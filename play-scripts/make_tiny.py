@@ -17,7 +17,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from train_sft import load_demonstrations, save_checkpoint, train, with_progress
+from train_sft import load_demonstrations, run_command, save_checkpoint, train, with_progress
 
 from configs.defaults import Training
 from utils import tiny
@@ -124,14 +124,5 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> int:
-    try:
-        make(build_parser().parse_args())
-    except ValueError as error:
-        print(f"make_tiny.py: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(build_parser(), make))

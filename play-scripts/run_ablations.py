@@ -25,7 +25,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
-from types import TracebackType
+from types import FrameType
 
 from rich.console import Console
 from rich.live import Live
@@ -33,32 +33,22 @@ from rich.markup import escape
 from rich.table import Table
 
 from utils.ablation_jobs import ENDED, Job, Progress, copy, find_topics, finish, plan, start
-from utils.ending import Status
+from utils.ending import SignalHandler, Status
 from utils.report import write_report, write_top_page
 from utils.summary import format_time
 
 STYLES = {"failed": "red", "collapsed": "yellow", "running": "dim"}
 
 
-class Stop:
+class Stop(SignalHandler):
     """Counts the signals that ask for an end; the runs are sent SIGINT as often: once to save, twice to end at once."""
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    SIGNALS = (*SignalHandler.SIGNALS, signal.SIGHUP)
 
     def __init__(self) -> None:
         self.count = self.sent = 0
 
-    def __enter__(self) -> Stop:
-        self._previous = {number: signal.signal(number, self._on_signal) for number in self.SIGNALS}
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _on_signal(self, *_: object) -> None:
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
         self.count += 1
 
     def pass_on(self, running: Sequence[Job]) -> None:

@@ -17,13 +17,14 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from configs.defaults import Training
 from utils.dataset import ProblemStream, read_rows
+from utils.ending import Status
 from utils.preflight import is_local
 from utils.run_files import METRICS_FILE, Row, encode_row
 
@@ -252,15 +253,15 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> int:
-    options = build_parser().parse_args()
+def run_command(parser: argparse.ArgumentParser, command: Callable[[argparse.Namespace], None]) -> Status:
+    """Do what the command line asks for; a user's mistake is one line and an exit status of its own."""
     try:
-        run(options)
+        command(parser.parse_args())
     except ValueError as error:
-        print(f"train_sft.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return Status.USER_MISTAKE
+    return Status.FINISHED
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(build_parser(), run))

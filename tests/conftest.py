@@ -47,6 +47,27 @@ def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with all that the runs of run_cases.py read. Treat it as read-only."""
+    from run_cases import make_world
+
+    folder = tmp_path_factory.mktemp("world")
+    make_world(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def reference(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of a run of run_cases.py that nothing disturbed. Treat it as read-only."""
+    from run_cases import N_STEPS, arguments, finish, trained_steps
+
+    output = tmp_path_factory.mktemp("reference") / "run"
+    assert finish(arguments(world, output)) == 0
+    assert trained_steps(output) == list(range(1, N_STEPS + 1))
+    return output
+
+
+@pytest.fixture(scope="session")
 def shared_dir() -> Path:
     """The folder `shared/` beside the repository, which holds MATH and GSM8K; skips where there is none."""
     folder = Path(__file__).parents[2] / "shared"

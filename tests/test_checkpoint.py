@@ -23,8 +23,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from configs.defaults import Config
 from utils import checkpoint, tiny
-from utils.checkpoint import MAY_CHANGE, Checkpoints, TrainState, changed_fields
+from utils.checkpoint import Checkpoints, TrainState
 from utils.config import fields, load_config, save_config
+from utils.resume_rules import MAY_CHANGE, changed_fields
 
 disable_progress_bar()  # its lock is shared with forked processes: one killed while it holds it blocks all others
 OPTIMIZERS = {

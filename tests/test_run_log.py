@@ -28,7 +28,8 @@ from utils.run_files import (
     save_run_info,
     write_atomically,
 )
-from utils.run_log import RunLog, fetch_wandb_runs
+from utils.run_log import RunLog
+from utils.tracker import fetch_wandb_runs
 
 SPECIFIED = [
     "eval/reward",

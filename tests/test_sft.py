@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from configs.defaults import Training
 from utils import tiny
+from utils.ending import Status
 
 SCRIPT = Path(__file__).parents[1] / "play-scripts" / "train_sft.py"
 spec = importlib.util.spec_from_file_location("train_sft", SCRIPT)
@@ -176,7 +177,7 @@ def test_mistakes_are_one_line(
 ) -> None:
     common = ("--model", tiny_model_dir, "--data", data, "--output", tmp_path / "out", "--batch-size", 4, "--steps", 10)
     monkeypatch.setattr(sys, "argv", ["train_sft.py", *map(str, (*common, *changes))])
-    assert train_sft.main() == 2
+    assert train_sft.run_command(train_sft.build_parser(), train_sft.run) == Status.USER_MISTAKE
     error = capsys.readouterr().err
     assert complaint in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()

@@ -15,11 +15,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from configs.defaults import Config
-from utils.checkpoint import changed_fields
 from utils.config import load_config
 from utils.ending import Status
 from utils.preflight import shortfalls
 from utils.published import find_ablation
+from utils.resume_rules import changed_fields
 from utils.run_files import METRICS_FILE, STATUS_FILE, Row, read_rows, write_atomically
 
 TRAIN = Path(__file__).parents[1] / "train_grpo.py"

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable
 from enum import IntEnum
 from types import FrameType, TracebackType
+from typing import Self
 
 
 class Status(IntEnum):
@@ -23,19 +24,12 @@ class Status(IntEnum):
     NONFINITE = 6
 
 
-class StopRequest:
-    """Turns the first SIGINT or SIGTERM into a flag that the loops ask; the second ends the process at once.
-
-    A context manager: the handlers that were there before come back at its end.
-    """
+class SignalHandler:
+    """Has signals handled by `on_signal`. A context manager: the handlers from before come back at its end."""
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-    def __init__(self) -> None:
-        self.signal: signal.Signals | None = None
-        self._previous: dict[signal.Signals, Callable | int | None] = {}
-
-    def __enter__(self) -> StopRequest:
+    def __enter__(self) -> Self:
         self._previous = {number: signal.getsignal(number) for number in self.SIGNALS}
         self.install()
         return self
@@ -48,15 +42,28 @@ class StopRequest:
 
     def install(self) -> None:
         """Take the signals over, again where a library that was loaded in between has put its own handlers there."""
+        for number in self.SIGNALS:
+            signal.signal(number, self.on_signal)
+
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
+        raise NotImplementedError
+
+
+class StopRequest(SignalHandler):
+    """Turns the first SIGINT or SIGTERM into a flag that the loops ask; the second ends the process at once."""
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+
+    def install(self) -> None:
         if not self.requested:
-            for number in self.SIGNALS:
-                signal.signal(number, self._on_first_signal)
+            super().install()
 
     @property
     def requested(self) -> bool:
         return self.signal is not None
 
-    def _on_first_signal(self, number: int, frame: FrameType | None) -> None:
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
         self.signal = signal.Signals(number)
         for each in self.SIGNALS:
             signal.signal(each, signal.SIG_DFL)  # the kernel's own, which ends even a process that is stuck in C code

@@ -57,7 +57,7 @@ def load_runs(
     """Every run in the sources, and a complaint for each thing that is missing, damaged or ambiguous.
 
     A source is a run folder, a folder of them (run/ or run/seed_n/), a long CSV file, or `wandb:entity/project`,
-    which `fetch_tracked` turns into rows of name, id, seed, ending and history (`run_log.fetch_wandb_runs`).
+    which `fetch_tracked` turns into rows of name, id, seed, ending and history (`tracker.fetch_wandb_runs`).
     """
     runs: list[Run] = []
     complaints: list[str] = []

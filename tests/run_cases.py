@@ -1,0 +1,150 @@
+"""Training runs in processes of their own that tests disturb, and how two runs are compared."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from transformers.utils.logging import disable_progress_bar
+
+import train_grpo
+import utils.build  # noqa: F401 (forked processes then need not import it)
+from utils import tiny
+from utils.checkpoint import OPTIMIZER_FILE, STATE_FILE
+
+disable_progress_bar()  # its lock is shared with forked processes: one killed while it holds it blocks all others
+N_STEPS = 6
+PROBLEMS = [{"problem": f"{i}", "answer": str(1 + i % 2)} for i in range(20)]
+
+
+def make_world(folder: Path) -> None:
+    """Data, a template, and a model that has learned the format and guesses the answer: 1 or 2."""
+    (folder / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PROBLEMS))
+    (folder / "prompt").write_text("{question}<think>")
+    tokenizer, model = tiny.build_tokenizer(), tiny.build_model(0, n_layers=1)
+    texts = [f"{i}<think></think> <answer>{answer}</answer>" for i in range(10) for answer in (1, 2)]
+    ids = torch.tensor([tokenizer(text).input_ids for text in texts])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(60):
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+
+
+# Two epochs of two minibatches of two microbatches: eight microbatches and four optimizer steps a GRPO step.
+OPTIONS = f"""
+training.device=cpu training.dtype=float32 training.rollout_engine=transformers training.use_bnb_adamw8bit=false
+training.use_gradient_checkpointing=false training.use_vllm_sleep_mode=false training.try_longest_microbatch=false
+training.learning_rate=3e-4 training.n_grpo_steps={N_STEPS} training.rollout_batch_size=16 training.group_size=4
+training.train_batch_size=8 training.gradient_accumulation_steps=2 training.epochs_per_rollout_batch=2
+training.skip_zero_advantage=false training.max_tokens=16 training.eval_interval=2 training.checkpoint_interval=1
+training.max_val_examples=8 training.n_rollouts_to_log=3 grader.workers=1 vllm.dtype=float32
+""".split()
+
+
+def arguments(world: Path, output_dir: Path, *overrides: str) -> list[str]:
+    """What the command is given: every step is saved, every second one evaluated."""
+    return [
+        f"paths.train_data_file={world}/problems.jsonl",
+        f"paths.val_data_file={world}/problems.jsonl",
+        f"paths.prompt_template_file={world}/prompt",
+        f"paths.model_path={world}/model",
+        f"paths.output_dir={output_dir}",
+        *OPTIONS,
+        *overrides,
+    ]
+
+
+def launch(options: list[str], before: Callable[[], None] | None = None) -> multiprocessing.Process:
+    """Start training in a process of its own, forked so that nothing is imported again; it writes to <output>.txt."""
+    process = multiprocessing.get_context("fork").Process(target=_train, args=(options, before))
+    process.start()
+    return process
+
+
+def _train(options: list[str], before: Callable[[], None] | None) -> None:
+    os.setsid()
+    torch.set_num_threads(1)
+    with printed_file(output_of(options)).open("a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)  # not pytest's
+    if before is not None:
+        before()
+    sys.exit(int(train_grpo.main(options)))
+
+
+def output_of(options: list[str]) -> Path:
+    return next(Path(option.split("=")[1]) for option in reversed(options) if option.startswith("paths.output_dir="))
+
+
+def printed_file(output: Path) -> Path:
+    return output.with_name(output.name + ".txt")
+
+
+def finish(options: list[str], before: Callable[[], None] | None = None) -> int:
+    """Train to the end; the exit status."""
+    process = launch(options, before)
+    process.join()
+    return process.exitcode
+
+
+def wait_for(process: multiprocessing.Process, happened: Callable[[], bool]) -> None:
+    """Wait until something has happened, or the process has ended."""
+    while process.is_alive() and not happened():
+        time.sleep(0.002)
+
+
+def rows_of(path: Path) -> list[dict]:
+    """The whole lines of a file, which a process may be writing at this moment."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def metrics_of(output: Path) -> list[dict]:
+    """The rows of metrics.jsonl without what measures time or memory."""
+    timed = ("time", "train/tokens_per_second")
+    return [
+        {k: v for k, v in row.items() if k not in timed and not k.endswith("_dt") and "memory" not in k}
+        for row in rows_of(output / "metrics.jsonl")
+    ]
+
+
+def trained_steps(output: Path) -> list[int]:
+    return [row["grpo_step"] for row in rows_of(output / "metrics.jsonl") if "grpo_step" in row]
+
+
+def differing_bits(a: torch.Tensor, b: torch.Tensor) -> int:
+    """How many bits of two tensors of the same shape differ."""
+    changed = a.contiguous().view(torch.uint8).bitwise_xor(b.contiguous().view(torch.uint8))
+    return sum(int(count) * bin(byte).count("1") for byte, count in enumerate(torch.bincount(changed.flatten())))
+
+
+def assert_equal_runs(output: Path, reference: Path) -> None:
+    """Weights, optimizer, state, metrics and rollouts of two runs are the same, times aside."""
+    ends = [folder / "checkpoints" / "last" for folder in (output, reference)]
+    weights, expected = (load_file(end / "model.safetensors") for end in ends)
+    assert weights.keys() == expected.keys()
+    assert sum(differing_bits(weights[name], expected[name]) for name in expected) == 0
+    adam, expected_adam = (torch.load(end / OPTIMIZER_FILE, weights_only=True) for end in ends)
+    for key, state in expected_adam["state"].items():
+        assert all(torch.equal(value, adam["state"][key][name]) for name, value in state.items())
+    state, expected_state = (json.loads((end / STATE_FILE).read_text()) for end in ends)
+    assert state == expected_state
+    assert metrics_of(output) == metrics_of(reference)
+    assert rows_of(output / "rollouts.jsonl") == rows_of(reference / "rollouts.jsonl")
+    assert links_of(output) == links_of(reference)
+
+
+def links_of(output: Path) -> dict[str, str]:
+    """The links `best` (where there is one) and `last`."""
+    return {path.name: str(path.readlink()) for path in (output / "checkpoints").iterdir() if path.is_symlink()}
