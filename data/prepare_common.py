@@ -76,7 +76,7 @@ def run_command(description: str, output: str, hub_name: str, prepare: Callable[
         if options.raw is not None and not options.raw.is_dir():
             raise ValueError(f"--raw {options.raw} is not a folder")
         prepare(options)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         return 2
     return 0

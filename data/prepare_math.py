@@ -5,7 +5,8 @@ solution's last \\boxed{} holds.
 
     python data/prepare_math.py                     from the Hugging Face hub (needs the package datasets)
     python data/prepare_math.py --raw FOLDER        from FOLDER/{train,test}/<subject>/<number>.json, as published,
-                                                    or FOLDER/{train,test}.jsonl
+                                                    or from FOLDER/train.jsonl and test.jsonl or validation.jsonl,
+                                                    rows of `problem` with `answer` or `solution`
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from utils.dataset import read_rows
 from utils.grader import last_box
 
 PUBLISHED = {"train": 7500, "test": 5000}
+JSONL_NAMES = {"train": ("train.jsonl",), "test": ("test.jsonl", "validation.jsonl")}
 SUBJECTS = (
     "algebra",
     "counting_and_probability",
@@ -46,12 +48,19 @@ def prepare(options: argparse.Namespace) -> None:
 
 def raw_rows(folder: Path, split: str) -> Rows:
     """The rows of a split's JSONL file, or of its folder of one JSON file a problem, by subject and number."""
-    jsonl = folder / f"{split}.jsonl"
-    if jsonl.is_file():
-        return [(f"{jsonl}:{line_number}", row) for line_number, row in read_rows(jsonl)]
+    names = JSONL_NAMES[split]
+    found = [folder / name for name in names if (folder / name).is_file()]
+    if len(found) > 1:
+        raise ValueError(
+            f"{folder} holds {' and '.join(names)}: which is to be the validation set? Move the other away"
+        )
+    if found:
+        return [(f"{found[0]}:{line_number}", row) for line_number, row in read_rows(found[0])]
     files = sorted((folder / split).glob("*/*.json"), key=lambda file: (file.parent.name, len(file.stem), file.stem))
     if not files:
-        raise ValueError(f"{folder} holds neither {split}.jsonl nor {split}/<subject>/<number>.json")
+        inside = sorted({str(place.parent) for name in (split, *names) for place in folder.glob(f"*/{name}")})
+        hint = f"; did you mean --raw {' or '.join(inside)}?" if inside else ""
+        raise ValueError(f"{folder} holds no {' or '.join(names)}, and no {split}/<subject>/<number>.json{hint}")
     return [(str(file), read_json(file)) for file in files]
 
 

@@ -24,12 +24,17 @@ from rich.table import Table
 from configs.defaults import Config
 from utils.config import load_config, to_dict
 from utils.ending import Status
+from utils.preflight import is_local, refuse, shortfalls, unusable_files
+from utils.run_files import CONFIG_FILE
 
 
 def main(arguments: Sequence[str] | None = None) -> Status:
     options = parse_arguments(arguments)
     try:
+        check_options(options)
         config = checkpoint_config(options)
+        inputs = ("val_data_file", "prompt_template_file")
+        refuse([*shortfalls(config, inputs), *unusable_files(config, inputs)])
         rounds = evaluate_checkpoint(config, options.samples, options.greedy)
     except ValueError as mistake:
         print(f"error: {mistake}", file=sys.stderr)
@@ -54,20 +59,31 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(arguments)
 
 
-def checkpoint_config(options: argparse.Namespace) -> Config:
-    """The config to evaluate with; its validation set is taken whole unless max_val_examples is overridden."""
+def check_options(options: argparse.Namespace) -> None:
+    """Raise ValueError for what is wrong with the command alone."""
     if options.samples < 0 or (options.samples == 0 and not options.greedy):
         raise ValueError(f"--samples {options.samples}: nothing to do; give 1 or more, or leave --no-greedy out")
+    if options.output and (Path(options.output).is_dir() or not Path(options.output).absolute().parent.is_dir()):
+        raise ValueError(f"--output {options.output}: give a file in a folder that exists")
+    folder = Path(options.checkpoint)
+    if is_local(options.checkpoint) and not (folder / "config.json").is_file():
+        inside = [folder / place / name for place in ("checkpoints", ".") for name in ("best", "last")]
+        found = [str(path) for path in inside if path.is_dir()]
+        hint = f"; give {' or '.join(found)}" if found else ""
+        raise ValueError(f"{options.checkpoint} is no checkpoint: it holds no config.json{hint}")
+
+
+def checkpoint_config(options: argparse.Namespace) -> Config:
+    """The config to evaluate with; its validation set is taken whole unless max_val_examples is overridden."""
     files = options.config
     if not files and Path(options.checkpoint).exists():
-        files = [Path(options.checkpoint).resolve().parents[1] / "config.yaml"]
+        files = [Path(options.checkpoint).resolve().parents[1] / CONFIG_FILE]
     if files and not options.config and not files[0].is_file():
         raise ValueError(f"{options.checkpoint} lies in no run folder, so its config is unknown; give --config")
     whole = ["training.max_val_examples=null", f"paths.model_path={json.dumps(options.checkpoint)}"]
     config = load_config(files, [*whole, *options.overrides])
     # nothing is trained, so what training needs may be missing here
     config.training = replace(config.training, use_bnb_adamw8bit=False, use_gradient_checkpointing=False)
-    config.paths.train_data_file = config.paths.val_data_file
     return config
 
 
@@ -79,11 +95,9 @@ def evaluate_checkpoint(config: Config, n_samples: int, greedy: bool) -> dict[st
     from utils.evaluate import evaluate
     from utils.grader import Grader
     from utils.policy import load_policy, load_tokenizer
-    from utils.preflight import check_machine
     from utils.rewards import RewardScorer
     from utils.seeding import derive_seed
 
-    check_machine(config)
     t = config.training
     tokenizer = load_tokenizer(config.paths.model_path)
     prompts, notes = load_prompts(config, config.paths.val_data_file, tokenizer)
@@ -169,4 +183,8 @@ def show(summary: dict) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)  # as a shell shows SIGINT

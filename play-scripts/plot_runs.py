@@ -1,20 +1,25 @@
 """Draw any runs: one panel a metric, the mean over seeds with a band, published curves beside ours.
 
-    python play-scripts/plot_runs.py runs/lr_sweep --published published/lr_sweep.csv --out figure
+    python play-scripts/plot_runs.py runs/lr_sweep --published published/lr_sweep.csv
 
 A source is a run folder, a folder of run folders (`<run>/` or `<run>/seed_<n>/`), a long CSV (run_name, metric, step,
-value), or `wandb:entity/project`. What is missing or damaged is named, and the rest is drawn.
+value), or `wandb:entity/project`. What is missing or damaged is named, and the rest is drawn. Without --out the figure
+goes beside the runs: into the run folder, or the folder that holds all sources.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from utils.history import load_runs
 from utils.plotting import AXES, DEFAULT_METRICS, draw_figure, save_figure
-from utils.run_log import fetch_wandb_runs
+from utils.tracker import fetch_wandb_runs
+
+DEFAULT_NAME = "curves"
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -26,7 +31,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--smooth", type=int, default=5, metavar="N", help="average train/* over N steps; default: 5")
     parser.add_argument("--label", nargs="+", default=[], metavar="RUN=TEXT", help="what to call a run")
     parser.add_argument("--title", default="")
-    parser.add_argument("--out", type=Path, default=Path("figure"), help="file name; .png and .svg are written")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="name, to which .png and .svg are added, or a folder")
     arguments = parser.parse_args()
     if arguments.smooth < 1:
         parser.error(f"--smooth {arguments.smooth}: at least 1")
@@ -34,6 +39,19 @@ def parse_arguments() -> argparse.Namespace:
         if "=" not in label:
             parser.error(f"--label {label}: expected RUN=TEXT")
     return arguments
+
+
+def place_of_figure(out: Path | None, sources: Sequence[str]) -> Path:
+    """The PNG to write: as asked for, or `curves.png` in the folder that all local sources lie in or are."""
+    if out is None:
+        local = [Path(source) for source in sources if Path(source).exists()]
+        folders = [path if path.is_dir() else path.parent for path in local]
+        if any(folder.is_absolute() for folder in folders):
+            folders = [folder.absolute() for folder in folders]
+        out = Path(os.path.commonpath(folders)) if folders else Path()
+    if out.is_dir():
+        out /= DEFAULT_NAME
+    return out.with_suffix(".png") if out.suffix in (".png", ".svg") else out.with_name(out.name + ".png")
 
 
 def main() -> int:
@@ -53,7 +71,15 @@ def main() -> int:
         print(complaint, file=sys.stderr)
     if figure is None:
         return 2
-    print(*save_figure(figure, arguments.out), sep="\n")
+    place = place_of_figure(arguments.out, arguments.sources)
+    replaced = place.exists()
+    try:
+        written = save_figure(figure, place)
+    except OSError as error:
+        print(f"{place}: cannot be written ({error.strerror}); give another --out", file=sys.stderr)
+        return 2
+    for path in written:
+        print(f"{'replaced' if replaced else 'wrote'} {path}")
     return 0
 
 

@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from utils.history import load_runs
-from utils.run_log import fetch_wandb_runs
 from utils.summary import HEADER, markdown_table, summarize
+from utils.tracker import fetch_wandb_runs
 
 
 def main() -> int:
@@ -27,6 +27,10 @@ def main() -> int:
     parser.add_argument("--markdown", action="store_true", help="print Markdown")
     arguments = parser.parse_args()
     runs, complaints = load_runs(arguments.sources, fetch_wandb_runs)
+    known = sorted({metric for run in runs for metric in run.curves})
+    if known and arguments.metric not in known:
+        complaints.append(f"--metric {arguments.metric}: no run has it; they have {', '.join(known)}")
+        runs = []
     summaries, missing = summarize(runs, arguments.metric)
     for complaint in complaints + missing:
         print(complaint, file=sys.stderr)

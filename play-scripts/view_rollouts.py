@@ -51,14 +51,12 @@ def load_rollouts(run: Path) -> tuple[list[Row], list[str]]:
         inside = sorted(str(found.parent) for found in run.rglob(ROLLOUTS_FILE)) if run.is_dir() else []
         raise ValueError(f"{path}: no such file" + (f"; runs in it: {', '.join(inside)}" if inside else ""))
     rows, complaints = read_rows(path)
-    rollouts = []
-    for row in rows:
-        wrong = [name for name, kind in FIELDS.items() if name not in row or not isinstance(row[name], kind)]
-        if wrong:
-            complaints.append(f"{path}: a row without a proper {', '.join(wrong)}, left out")
-        else:
-            rollouts.append(row)
-    return rollouts, complaints
+    lacking = [[name for name, kind in FIELDS.items() if not isinstance(row.get(name, ...), kind)] for row in rows]
+    n_lacking = sum(map(bool, lacking))
+    if n_lacking:
+        names = ", ".join(next(filter(None, lacking)))
+        complaints.append(f"{path}: left out rows without a proper {names}, or others of a rollout: {n_lacking}")
+    return [row for row, names in zip(rows, lacking, strict=True) if not names], complaints
 
 
 def step_range(text: str) -> tuple[int, int]:
@@ -66,7 +64,10 @@ def step_range(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
     if match is None:
         raise argparse.ArgumentTypeError(f"{text!r} is no step: write 20 or 20-40")
-    return int(match[1]), int(match[2] or match[1])
+    first, last = int(match[1]), int(match[2] or match[1])
+    if first > last:
+        raise argparse.ArgumentTypeError(f"{text}: the first step is beyond the last")
+    return first, last
 
 
 def select(rollouts: Iterable[Row], arguments: argparse.Namespace) -> list[Row]:
@@ -145,8 +146,12 @@ def main() -> int:
         print(f"no rollout to show ({len(rollouts)} logged, none passes the filters)", file=sys.stderr)
         return 2
     if arguments.html:
-        arguments.html.parent.mkdir(parents=True, exist_ok=True)
-        arguments.html.write_text(page(chosen, f"Rollouts of {arguments.run}"), encoding="utf-8")
+        try:
+            arguments.html.parent.mkdir(parents=True, exist_ok=True)
+            arguments.html.write_text(page(chosen, f"Rollouts of {arguments.run}"), encoding="utf-8")
+        except OSError as error:
+            print(f"--html {arguments.html}: cannot be written ({error.strerror})", file=sys.stderr)
+            return 2
         print(arguments.html)
         return 0
     console = Console(highlight=False)

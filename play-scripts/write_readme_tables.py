@@ -1,11 +1,15 @@
-"""Write the README's tables of config fields and metrics from the code; --check only says whether they fit."""
+"""Write the README's tables of config fields and of metrics from the code.
+
+python play-scripts/write_readme_tables.py
+python play-scripts/write_readme_tables.py --check    writes nothing; exit status 1 if the README is out of date
+"""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import re
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from configs.defaults import default_of
@@ -34,14 +38,22 @@ def with_tables(text: str) -> str:
     return text
 
 
-def main(arguments: Sequence[str]) -> int:
-    text = README.read_text()
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="only say whether the tables are up to date")
+    options = parser.parse_args()
+    text = README.read_text(encoding="utf-8")
     wanted = with_tables(text)
-    if list(arguments) == ["--check"]:
-        return int(text != wanted)
-    README.write_text(wanted)
+    if text == wanted:
+        print(f"{README.name}: the tables are up to date")
+        return 0
+    if options.check:
+        print(f"{README.name} is out of date; run: python play-scripts/write_readme_tables.py", file=sys.stderr)
+        return 1
+    README.write_text(wanted, encoding="utf-8")
+    print(f"{README.name}: tables written")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

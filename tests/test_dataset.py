@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
 from utils import tiny
-from utils.dataset import ProblemStream, build_prompts, fixed_subset, load_problems, load_template, save_problems
+from utils.dataset import (
+    ProblemStream,
+    build_prompts,
+    fixed_subset,
+    load_problems,
+    load_template,
+    read_problems,
+    save_problems,
+)
 from utils.records import Problem
 
 REPOSITORY = Path(__file__).parents[1]
@@ -102,6 +110,7 @@ def test_few_empty_answers_are_left_out_with_a_warning_and_many_are_an_error(
     with caplog.at_level(logging.WARNING):
         assert load_problems(path) == [Problem("1+1?", "2")] * 198
     assert "left out 2 rows with an empty answer (lines 1, 200)" in caplog.text
+    assert read_problems(path) == ([Problem("1+1?", "2")] * 198, [1, 200])
     with pytest.raises(ValueError, match=r"p.jsonl:1: `answer` is empty, and so are 1 more"):
         load_problems(write_rows(path, empty, *[GOOD] * 197, empty))
 
@@ -326,6 +335,33 @@ def test_prepare_math_from_raw_files(tmp_path: Path) -> None:
     assert again.returncode == 2 and "train.jsonl is already there" in again.stderr
     offline = prepare("prepare_math.py", "--output", tmp_path / "hub")  # conftest turns the hub off
     assert offline.returncode == 2 and "see --raw for files" in offline.stderr and "Traceback" not in offline.stderr
+
+
+def test_prepare_math_from_jsonl(tmp_path: Path) -> None:
+    raw = tmp_path / "raw"
+    (raw / "math").mkdir(parents=True)
+    write_rows(raw / "math" / "train.jsonl", {"problem": "p", "answer": "1", "level": "Level 2", "unique_id": "a/1"})
+    missing = prepare("prepare_math.py", "--raw", raw / "math", "--output", tmp_path / "out")
+    assert missing.returncode == 2
+    assert "holds no test.jsonl or validation.jsonl, and no test/<subject>/<number>.json" in missing.stderr
+    nested = prepare("prepare_math.py", "--raw", raw, "--output", tmp_path / "out")
+    assert nested.stderr.endswith(f"; did you mean --raw {raw / 'math'}?\n")
+
+    write_rows(raw / "math" / "validation.jsonl", {"problem": "q", "solution": "$\\boxed{2}$", "type": "Algebra"})
+    done = prepare("prepare_math.py", "--raw", raw / "math", "--output", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert load_problems(tmp_path / "out" / "train.jsonl") == [Problem("p", "1", "Level 2")]
+    assert load_problems(tmp_path / "out" / "validation.jsonl") == [Problem("q", "2", None, "Algebra")]
+
+    (tmp_path / "file").touch()
+    file = prepare("prepare_math.py", "--raw", raw / "math", "--output", tmp_path / "file")
+    assert file.returncode == 2 and "Traceback" not in file.stderr
+
+    write_rows(raw / "math" / "test.jsonl", {"problem": "q", "answer": "2"})
+    both = prepare("prepare_math.py", "--raw", raw / "math", "--output", tmp_path / "other")
+    assert both.returncode == 2
+    assert "test.jsonl and validation.jsonl: which is to be the validation set?" in both.stderr
+    assert not (tmp_path / "other").exists()
 
 
 def test_prepare_gsm8k_from_raw_files(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import re
+import runpy
 import shutil
 import statistics
 import subprocess
@@ -315,13 +316,45 @@ def test_bad_sources_are_named_and_the_rest_is_drawn(tmp_path: Path) -> None:
         "wide.csv: not a long CSV, no column run_name, metric, value",
     ):
         assert message in done.stderr
-    assert done.stdout.split() == [str(tmp_path / "out" / f"figure.{kind}") for kind in ("png", "svg")]
+    assert done.stdout.splitlines() == [f"wrote {tmp_path / 'out' / f'figure.{kind}'}" for kind in ("png", "svg")]
     drawn = (tmp_path / "out" / "figure.svg").read_text()
     assert all(f">{name}<" in drawn for name in ("good", "going", "poor", "other/good", "a"))
     nothing = run_script("plot_runs.py", tmp_path / "empty", "--out", tmp_path / "none")
     assert nothing.returncode == 2
     assert "nothing to draw: no run" in nothing.stderr
     assert not (tmp_path / "none.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("out", "sources", "place"),
+    [
+        (None, ["runs/a"], "runs/a/curves.png"),
+        (None, ["runs/a", "runs/b/seed_0"], "runs/curves.png"),
+        (None, ["runs/a", "."], "curves.png"),
+        (None, ["runs/all.csv", "wandb:me/project", "nowhere"], "runs/curves.png"),
+        (None, ["wandb:me/project"], "curves.png"),
+        ("lr_1.5e-5", ["runs/a"], "lr_1.5e-5.png"),
+        ("new/picture.svg", ["runs/a"], "new/picture.png"),
+        ("runs", ["runs/a"], "runs/curves.png"),
+    ],
+)
+def test_where_a_figure_goes(tmp_path: Path, monkeypatch, out: str | None, sources: list[str], place: str) -> None:
+    for folder in ("runs/a", "runs/b/seed_0"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "runs" / "all.csv").touch()
+    monkeypatch.chdir(tmp_path)
+    place_of_figure = runpy.run_path(str(PROJECT / "play-scripts" / "plot_runs.py"))["place_of_figure"]
+    assert place_of_figure(Path(out) if out else None, sources) == Path(place)
+
+
+def test_plotting_says_what_it_wrote_and_what_it_replaced(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", [0.1, 0.2])
+    for word in ("wrote", "replaced"):
+        done = run_script("plot_runs.py", tmp_path / "run", "--metrics", "eval/reward")
+        assert done.stdout.splitlines() == [f"{word} {tmp_path / 'run' / f'curves.{kind}'}" for kind in ("png", "svg")]
+    done = run_script("plot_runs.py", tmp_path / "run", "--out", tmp_path / "run" / "metrics.jsonl" / "figure")
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert "cannot be written" in done.stderr
 
 
 def test_a_run_given_twice_and_seeds_of_two_folders(tmp_path: Path) -> None:
@@ -403,6 +436,9 @@ def test_summarize_script(tmp_path: Path) -> None:
     assert done.stdout.splitlines()[2] == "| a | 1 | 0.750 | 0.500 | 2 | 20 s | finished |"
     assert "nowhere: no such file or folder" in done.stderr
     assert run_script("summarize_runs.py", tmp_path / "nowhere").returncode == 2
+    unknown = run_script("summarize_runs.py", tmp_path, "--metric", "eval/rewrad")
+    assert unknown.returncode == 2
+    assert "--metric eval/rewrad: no run has it; they have eval/reward" in unknown.stderr
 
 
 def test_reward_curve_shows_the_run(tmp_path: Path) -> None:

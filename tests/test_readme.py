@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,9 +15,28 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
+def tables(*options: str) -> subprocess.CompletedProcess:
+    script = ROOT / "play-scripts" / "write_readme_tables.py"
+    return subprocess.run([sys.executable, str(script), *options], capture_output=True, text=True)
+
+
 def test_config_and_metric_tables_are_those_of_the_code() -> None:
+    done = tables("--check")
+    assert done.returncode == 0, done.stderr
+
+
+def test_another_option_than_check_leaves_the_readme_alone() -> None:
+    before = (ROOT / "README.md").stat().st_mtime_ns
+    assert "exit status 1 if the README is out of date" in tables("--help").stdout
+    assert tables("--chek-it").returncode == 2
+    assert (ROOT / "README.md").stat().st_mtime_ns == before
+
+
+def test_a_changed_table_is_out_of_date() -> None:
     script = runpy.run_path(str(ROOT / "play-scripts" / "write_readme_tables.py"))
-    assert script["with_tables"](README) == README, "run: python play-scripts/write_readme_tables.py"
+    changed = README.replace("| `seed` | `1337` |", "| `seed` | `1338` |")
+    assert changed != README
+    assert script["with_tables"](changed) == script["with_tables"](README)
 
 
 def layout() -> dict[str, int]:

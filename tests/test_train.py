@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,18 +13,32 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from utils.build import what_resume_found
+from utils.run_files import claimed
+
 ROOT = Path(__file__).parents[1]
 TIMES = ("_dt", "time", "tokens_per_second", "memory_gb")
 
 
-def train(world: Path, output: Path, *overrides: str) -> subprocess.CompletedProcess:
-    command = [
+def command_line(world: Path, output: Path, *overrides: str) -> list[str]:
+    return [
         sys.executable, str(ROOT / "train_grpo.py"), "--config", str(ROOT / "configs" / "quickstart.yaml"),
         f"paths.train_data_file={world}/train.jsonl", f"paths.val_data_file={world}/validation.jsonl",
         f"paths.prompt_template_file={ROOT}/data/tiny.prompt", f"paths.model_path={world}/model",
         f"paths.output_dir={output}", *overrides,
     ]  # fmt: skip
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+
+def train(world: Path, output: Path, *overrides: str) -> subprocess.CompletedProcess:
+    return subprocess.run(command_line(world, output, *overrides), capture_output=True, text=True, cwd=ROOT)
+
+
+def one_problem(model: Path, folder: Path) -> Path:
+    """Make the folder a world of one problem."""
+    (folder / "model").symlink_to(model)
+    for name in ("train", "validation"):
+        (folder / f"{name}.jsonl").write_text('{"problem": "1+1=?", "answer": "2"}\n')
+    return folder
 
 
 def rows(output: Path) -> list[dict]:
@@ -122,11 +137,7 @@ def test_off_policy_run_moves_the_ratio(tiny_world: Path, tmp_path: Path) -> Non
 
 
 def test_a_folder_that_holds_a_run_is_refused(tiny_model_dir: Path, tmp_path: Path) -> None:
-    world = tmp_path / "world"
-    world.mkdir()
-    (world / "model").symlink_to(tiny_model_dir)
-    for name in ("train", "validation"):
-        (world / f"{name}.jsonl").write_text('{"problem": "1+1=?", "answer": "2"}\n')
+    world = one_problem(tiny_model_dir, tmp_path)
     small = (
         "training.n_grpo_steps=1", "training.rollout_batch_size=4", "training.train_batch_size=4",
         "training.group_size=2", "training.eval_interval=null", "training.max_tokens=8",
@@ -140,11 +151,11 @@ def test_a_folder_that_holds_a_run_is_refused(tiny_model_dir: Path, tmp_path: Pa
 
 
 def test_a_folder_that_another_process_runs_in_is_left_alone(tiny_model_dir: Path, tmp_path: Path) -> None:
-    (tmp_path / "model").symlink_to(tiny_model_dir)
+    one_problem(tiny_model_dir, tmp_path)
     (tmp_path / "run").mkdir()
     with (tmp_path / "run" / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        done = train(tmp_path, tmp_path / "run", f"paths.train_data_file={__file__}", f"paths.val_data_file={__file__}")
+        done = train(tmp_path, tmp_path / "run")
     assert done.returncode == 2
     assert "another process is running there" in done.stderr
 
@@ -153,7 +164,7 @@ def test_a_folder_that_another_process_runs_in_is_left_alone(tiny_model_dir: Pat
     ("override", "complaint"),
     [
         ("paths.model_path=nowhere/model/here", "paths.model_path = 'nowhere/model/here': no config.json there"),
-        ("training.reward_fn=r2_zero", "unknown reward function 'r2_zero'; choose from r1_zero"),
+        ("training.reward_fn=r2_zero", "training.reward_fn = 'r2_zero' (command line): no reward function 'r2_zero'"),
         ("training.max_prompt_tokens=2", "max_prompt_tokens is 2"),
         ("training.max_tokens=5000", "leaves no room for a prompt in the model's context of 2048 tokens"),
         ("training.use_chat_template=true", "has no chat template"),
@@ -165,20 +176,76 @@ def test_mistakes_are_told_in_one_line_and_nothing_is_written(
 ) -> None:
     if "cuda" in override and torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    (tmp_path / "model").symlink_to(tiny_model_dir)
-    for name in ("train", "validation"):
-        (tmp_path / f"{name}.jsonl").write_text('{"problem": "1+1=?", "answer": "2"}\n')
-    done = train(tmp_path, tmp_path / "run", override)
+    one_problem(tiny_model_dir, tmp_path)
+    done = train(tmp_path, tmp_path / "runs" / "run", override)
     assert done.returncode == 2, done.stderr
     assert complaint in done.stderr
     assert "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_claim_that_fails_takes_back_what_it_made(tmp_path: Path) -> None:
+    there, other = tmp_path / "there", tmp_path / "other"
+    for folder in (there, other):
+        folder.mkdir()
+    (other / ".lock").touch()
+    for folder in (there, other, tmp_path / "runs" / "lr" / "seed_1"):
+        with pytest.raises(ValueError, match="mistake"), claimed(folder) as lock:
+            assert folder.is_dir()
+            raise ValueError("mistake")
+        assert lock.closed
+    assert sorted(tmp_path.rglob("*")) == [other, other / ".lock", there]
+
+    with pytest.raises(RuntimeError), claimed(tmp_path / "runs" / "run"):
+        (tmp_path / "runs" / "run" / "metrics.jsonl").touch()
+        raise RuntimeError
+    assert sorted((tmp_path / "runs").rglob("*")) == [tmp_path / "runs" / "run", tmp_path / "runs/run/metrics.jsonl"]
+
+
+def test_a_claim_holds_until_its_file_is_closed(tmp_path: Path) -> None:
+    with claimed(tmp_path / "run") as lock:
+        pass
+    with pytest.raises(ValueError, match="run: another process is running there"), claimed(tmp_path / "run"):
+        pass
+    assert (tmp_path / "run" / ".lock").exists()
+    lock.close()
+    with claimed(tmp_path / "run") as lock:
+        lock.close()
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="cannot be written to"), claimed(tmp_path / "file" / "run"):
+        pass
+
+
+def test_an_interrupt_while_torch_is_imported_is_one_line(tiny_model_dir: Path, tmp_path: Path) -> None:
+    command = command_line(one_problem(tiny_model_dir, tmp_path), tmp_path / "run")
+    probe = """if True:
+        import runpy, sys
+        class Interrupt:
+            def find_spec(self, name, *_):
+                if name == "torch":
+                    raise KeyboardInterrupt
+        sys.meta_path.insert(0, Interrupt())
+        sys.argv = sys.argv[1:]
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    """
+    done = subprocess.run([sys.executable, "-c", probe, *command[1:]], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == -signal.SIGINT  # which a shell shows as 130
+    assert done.stderr == "\ninterrupted before the run began\n"
     assert not (tmp_path / "run").exists()
 
 
+def test_a_resume_says_what_it_found() -> None:
+    folder = Path("runs/a")
+    assert what_resume_found(folder, 0, 8) == "no checkpoint in runs/a yet: starting from the beginning"
+    assert what_resume_found(folder, 3, 8) == "resuming after GRPO step 3 of 8"
+    done = what_resume_found(folder, 8, 8)
+    assert done.startswith("runs/a holds a run that has done 8 of 8 GRPO steps: nothing is left to train")
+    assert "to run it again, delete that folder or set another paths.output_dir" in done
+
+
 def test_a_bad_row_is_named_by_file_and_line(tiny_model_dir: Path, tmp_path: Path) -> None:
-    (tmp_path / "model").symlink_to(tiny_model_dir)
+    one_problem(tiny_model_dir, tmp_path)
     (tmp_path / "train.jsonl").write_text('{"problem": "1+1=?", "answer": "2"}\n{"problem": "2+2=?"}\n')
-    (tmp_path / "validation.jsonl").write_text('{"problem": "1+1=?", "answer": "2"}\n')
     done = train(tmp_path, tmp_path / "run")
     assert done.returncode == 2
     assert f"{tmp_path}/train.jsonl:2: no `answer`" in done.stderr

@@ -151,9 +151,13 @@ def test_bad_input(run: Path, tmp_path: Path) -> None:
     assert none.returncode == 2
     assert "no rollout to show (12 logged, none passes the filters)" in none.stderr
     assert "'x' is no step: write 20 or 20-40" in view(run, "--step", "x").stderr
+    assert "9-3: the first step is beyond the last" in view(run, "--step", "9-3").stderr
+    folder = view(run, "--html", tmp_path)
+    assert (folder.returncode, folder.stderr) == (2, f"--html {tmp_path}: cannot be written (Is a directory)\n")
     with (run / "rollouts.jsonl").open("a") as file:
         file.write('{"split": "eval"}\n{"split": "ev')
     done = view(run)
     assert len(shown(done.stdout)) == 12
-    assert "a row without a proper grpo_step, index" in done.stderr
+    assert "left out rows without a proper grpo_step, index" in done.stderr
+    assert "or others of a rollout: 1\n" in done.stderr
     assert "line 14: not a whole JSON row" in done.stderr

@@ -1,16 +1,17 @@
-"""Build the parts of a run from its config: mistakes are found before anything slow is loaded or anything written."""
+"""Build the parts of a run from its config; a start that is refused leaves its output folder as it was."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import TextIO
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from configs.defaults import Config
-from utils.checkpoint import Checkpoints, TrainState, changed_fields
-from utils.config import ConfigError, load_config, save_config, to_dict
+from utils.checkpoint import Checkpoints, TrainState
+from utils.config import ConfigError, save_config, to_dict
 from utils.dataset import ProblemStream, build_prompts, fixed_subset, load_problems, load_template
 from utils.ending import StopRequest, TimeLimit
 from utils.engines import build_engine
@@ -18,60 +19,51 @@ from utils.grader import Grader
 from utils.guard import Advisor, CollapseGuard
 from utils.memory import MemoryTracker
 from utils.policy import build_optimizer, context_length, load_policy, load_tokenizer
-from utils.preflight import check_machine
-from utils.records import Prompt
+from utils.preflight import output_obstacles, refuse
+from utils.records import Prompt, RolloutEngine
 from utils.rewards import RewardScorer
 from utils.run import Run
-from utils.run_files import METRICS_FILE, lock_run, save_run_info
+from utils.run_files import CONFIG_FILE, METRICS_FILE, claimed, save_run_info
 from utils.run_log import RunLog
 from utils.seeding import restore_random_state, seed_everything
 from utils.trial import try_longest_microbatch
-
-CONFIG_FILE = "config.yaml"
 
 
 def build_run(config: Config, resume: bool, allow_changes: bool, stop: StopRequest, limit: TimeLimit) -> Run:
     """Everything that `train` needs, from the newest checkpoint in `output_dir` where `resume`.
 
-    Raises ValueError for what the user can mend: missing files, bad rows, a folder that holds a run, a changed config.
+    Raises ValueError for what the user can mend: a model that does not load, a folder that holds a run, a changed
+    config. Then the output folder is as it was before.
     """
+    device = config.training.device
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"training.device = {device!r}: torch finds no GPU that it can use; set training.device=cpu")
+    with claimed(Path(config.paths.output_dir)) as lock:
+        checkpoint = find_checkpoint(config, resume, allow_changes)
+        return assemble(config, checkpoint, resume, stop, limit, lock)
+
+
+def assemble(
+    config: Config, checkpoint: Path | None, resume: bool, stop: StopRequest, limit: TimeLimit, lock: TextIO
+) -> Run:
+    """Load, build and restore the parts of a run, and begin to write its files."""
     t, output_dir = config.training, Path(config.paths.output_dir)
-    check_start(config)
-    lock = lock_run(output_dir) if output_dir.exists() else None
-    checkpoint = find_checkpoint(config, resume, allow_changes)
-    scorer = RewardScorer(t.reward_fn, t.extra_rewards, Grader(**to_dict(config)["grader"]))
     model_path = config.paths.model_path if checkpoint is None else str(checkpoint)
     tokenizer = load_tokenizer(model_path)
     train_prompts, notes = load_prompts(config, config.paths.train_data_file, tokenizer)
     validation_prompts, more_notes = load_prompts(config, config.paths.val_data_file, tokenizer)
-    problem_stream = ProblemStream(train_prompts, t.seed)
     longest_prompt = max(len(prompt.token_ids) for prompt in (*train_prompts, *validation_prompts))
-
-    seed_everything(t.seed)
-    policy = load_policy(model_path, t)
-    optimizer = build_optimizer(policy, t)
-    engine = build_engine(config, policy, tokenizer, longest_prompt=longest_prompt)
-    if t.try_longest_microbatch and t.device.startswith("cuda"):  # on the CPU the system ends a process without a word
-        engine.sleep()  # as it will while the policy trains
-        try_longest_microbatch(policy, t, longest_prompt)
-        engine.update_weights(policy)
+    policy, optimizer, engine = build_learner(config, model_path, tokenizer, longest_prompt)
     stop.install()  # vLLM and others may have put handlers of their own in place
 
-    lock = lock or lock_run(output_dir)
+    problem_stream, guard, advisor = ProblemStream(train_prompts, t.seed), CollapseGuard(config), Advisor(config)
     checkpoints = Checkpoints(output_dir / "checkpoints", t.checkpoint_keep)
-    guard, advisor = CollapseGuard(config), Advisor(config)
     state = TrainState(problem_stream=problem_stream.state_dict())
     if checkpoint is not None:
-        state = checkpoints.load(checkpoint, optimizer)
+        state = restore(checkpoint, checkpoints, optimizer, problem_stream, guard, advisor)
         if state.skipped_in_a_row >= t.max_nonfinite_steps:  # what ended the run; a resume is another try
             state = replace(state, skipped_in_a_row=0)
-        problem_stream.load_state_dict(state.problem_stream)
-        guard.load_state_dict(state.guard)
-        advisor.load_state_dict(state.advisor)
-    log = open_log(config, output_dir, resume, state)
-    log.note(f"rollouts by the {engine.name} engine")
-    for note in [*notes, *more_notes]:
-        log.warn(note)
+    log = open_log(config, resume, state, engine.name, [*notes, *more_notes])
     if checkpoint is not None:
         restore_random_state(state.random)  # last: loading models, engine and tracker draws from these generators
     return Run(
@@ -80,7 +72,7 @@ def build_run(config: Config, resume: bool, allow_changes: bool, stop: StopReque
         tokenizer=tokenizer,
         optimizer=optimizer,
         engine=engine,
-        scorer=scorer,
+        scorer=RewardScorer(t.reward_fn, t.extra_rewards, Grader(**to_dict(config)["grader"])),
         problem_stream=problem_stream,
         validation_prompts=fixed_subset(validation_prompts, t.max_val_examples, t.seed),
         checkpoints=checkpoints,
@@ -95,36 +87,43 @@ def build_run(config: Config, resume: bool, allow_changes: bool, stop: StopReque
     )
 
 
-def check_start(config: Config) -> None:
-    """Raise ConfigError for what can be seen to be missing before anything is loaded or written."""
-    check_machine(config)
-    device, output_dir = config.training.device, Path(config.paths.output_dir)
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"training.device = {device!r}: torch finds no GPU that it can use; set training.device=cpu")
-    if output_dir.exists() and not output_dir.is_dir():
-        raise ConfigError(f"paths.output_dir = {str(output_dir)!r} is a file; give a folder")
+def build_learner(
+    config: Config, model_path: str, tokenizer: PreTrainedTokenizerBase, longest_prompt: int
+) -> tuple[PreTrainedModel, torch.optim.Optimizer, RolloutEngine]:
+    """The policy, its optimizer and the engine that samples from it; on a GPU, a longest-case microbatch is tried."""
+    t = config.training
+    seed_everything(t.seed)
+    policy = load_policy(model_path, t)
+    optimizer = build_optimizer(policy, t)
+    engine = build_engine(config, policy, tokenizer, longest_prompt=longest_prompt)
+    if t.try_longest_microbatch and t.device.startswith("cuda"):  # on the CPU the system ends a process without a word
+        engine.sleep()  # as it will while the policy trains
+        try_longest_microbatch(policy, t, longest_prompt)
+        engine.update_weights(policy)
+    return policy, optimizer, engine
+
+
+def restore(
+    checkpoint: Path,
+    checkpoints: Checkpoints,
+    optimizer: torch.optim.Optimizer,
+    problem_stream: ProblemStream,
+    guard: CollapseGuard,
+    advisor: Advisor,
+) -> TrainState:
+    """Put every part that has a state back to where it was when the checkpoint was saved."""
+    state = checkpoints.load(checkpoint, optimizer)
+    problem_stream.load_state_dict(state.problem_stream)
+    guard.load_state_dict(state.guard)
+    advisor.load_state_dict(state.advisor)
+    return state
 
 
 def find_checkpoint(config: Config, resume: bool, allow_changes: bool) -> Path | None:
     """The checkpoint to go on from, None to begin. Raises ConfigError where the folder's run forbids either."""
-    output_dir = Path(config.paths.output_dir)
-    saved_config, holds_run = output_dir / CONFIG_FILE, (output_dir / METRICS_FILE).exists()
-    if not resume:
-        if holds_run or saved_config.exists():
-            raise ConfigError(
-                f"paths.output_dir = {str(output_dir)!r} already holds a run; continue it with --resume, or choose "
-                "another folder"
-            )
-        return None
-    if not saved_config.exists():
-        return None
-    changed = changed_fields(load_config([saved_config]), config)
-    if changed and not allow_changes:
-        raise ConfigError(
-            f"the run in {str(output_dir)!r} was begun with another config, and these fields may not change: "
-            f"{'; '.join(changed)}. Give them the saved values, or insist with --allow-changes"
-        )
-    return Checkpoints(output_dir / "checkpoints", config.training.checkpoint_keep).newest()
+    refuse(output_obstacles(config, resume, allow_changes))  # asked before; another process may have come since
+    checkpoints = Path(config.paths.output_dir) / "checkpoints"
+    return Checkpoints(checkpoints, config.training.checkpoint_keep).newest() if resume else None
 
 
 def load_prompts(config: Config, path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Prompt], list[str]]:
@@ -145,9 +144,9 @@ def load_prompts(config: Config, path: str, tokenizer: PreTrainedTokenizerBase) 
     return prompts, [left_out] if n_left_out else []
 
 
-def open_log(config: Config, output_dir: Path, resume: bool, state: TrainState) -> RunLog:
-    """Open the run's log; write down its config, and what it runs on."""
-    t = config.training
+def open_log(config: Config, resume: bool, state: TrainState, engine_name: str, notes: list[str]) -> RunLog:
+    """Open the run's log; write down its config, and what it runs on; say where it stands and what is worth knowing."""
+    t, output_dir = config.training, Path(config.paths.output_dir)
     resumes_run = resume and (output_dir / METRICS_FILE).exists()
     log = RunLog(
         output_dir,
@@ -162,8 +161,21 @@ def open_log(config: Config, output_dir: Path, resume: bool, state: TrainState) 
     )
     save_config(config, output_dir / CONFIG_FILE)
     save_run_info(output_dir, t.seed)
-    if resume and state.grpo_step == 0:
-        log.note(f"no checkpoint in {output_dir} yet: starting from the beginning")
-    elif resume:
-        log.note(f"resuming after GRPO step {state.grpo_step}")
+    if resume:
+        log.note(what_resume_found(output_dir, state.grpo_step, t.n_grpo_steps))
+    log.note(f"rollouts by the {engine_name} engine")
+    for note in notes:
+        log.warn(note)
     return log
+
+
+def what_resume_found(output_dir: Path, grpo_step: int, n_grpo_steps: int) -> str:
+    """A line about where the run in the folder stood."""
+    if grpo_step == 0:
+        return f"no checkpoint in {output_dir} yet: starting from the beginning"
+    if grpo_step < n_grpo_steps:
+        return f"resuming after GRPO step {grpo_step} of {n_grpo_steps}"
+    return (
+        f"{output_dir} holds a run that has done {grpo_step} of {n_grpo_steps} GRPO steps: nothing is left to train; "
+        "to run it again, delete that folder or set another paths.output_dir"
+    )

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import math
-import re
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -16,20 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from configs.defaults import Config, default_of
-
-
-class ConfigError(ValueError):
-    """A mistake in a config file or an override, told in one line."""
-
-
-def sections() -> dict[str, type]:
-    """The config's sections and their dataclasses, in order."""
-    return {field.name: field.default_factory for field in dataclasses.fields(Config)}
-
-
-def fields() -> dict[str, dataclasses.Field]:
-    """Every config field by its dotted name, `training.learning_rate`."""
-    return {f"{name}.{field.name}": field for name, cls in sections().items() for field in dataclasses.fields(cls)}
+from utils.config_rules import ConfigError, check_config, fields, nearest, sections
 
 
 def load_config(config_files: Iterable[str | Path] = (), overrides: Iterable[str] = ()) -> Config:
@@ -51,7 +35,8 @@ def load_config(config_files: Iterable[str | Path] = (), overrides: Iterable[str
     try:
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise ConfigError(str(error).splitlines()[0]) from error
+        origin = f"{origins[error.full_key]}: {error.full_key}: " if error.full_key in origins else ""
+        raise ConfigError(origin + str(error).splitlines()[0]) from error
     check_config(config, origins)
     return config
 
@@ -85,40 +70,64 @@ def _file_leaves(path: Path, chain: tuple[Path, ...]) -> Iterator[tuple[str, Any
     if path.resolve() in chain:
         raise ConfigError(f"{path}: its base leads back to itself; break the circle")
     try:
-        text = path.read_text()
-        tree, values = yaml.compose(text, Loader=yaml.SafeLoader), OmegaConf.create(text)
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         named_by = f", named as base by {chain[-1].name}" if chain else ""
         raise ConfigError(f"{path}: no such config file ({error.strerror}){named_by}") from error
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text: {error}") from error
+    top_level = _read_yaml(text, path)
+    base, _, origin = top_level.pop("base", (None, None, ""))
+    if base is not None and not isinstance(base, str):
+        raise ConfigError(f"{origin}: base = {base!r}: give the path of a YAML file")
+    if base is not None:
+        yield from _file_leaves(path.parent / base, (*chain, path.resolve()))
+    for section, (value, node, origin) in top_level.items():
+        if section in sections() and isinstance(node, yaml.MappingNode):
+            for key, (leaf, _, line) in _entries(node, value, path).items():
+                yield f"{section}.{key}", leaf, line
+        elif section not in sections() or value is not None:  # a section may have nothing in it
+            yield section, value, origin
+
+
+Entries = dict[str, tuple[Any, yaml.Node, str]]  # key: its value, that value's node, "file:line" of the key
+
+
+def _read_yaml(text: str, path: Path) -> Entries:
+    """What stands at the top level of a YAML text."""
+    try:
+        tree = yaml.compose(text, Loader=yaml.SafeLoader)
+        if tree is None:
+            return {}
+        if not isinstance(tree, yaml.MappingNode):
+            line = tree.start_mark.line + 1
+            raise ConfigError(f"{path}:{line}: holds no sections; write, say, `training: {{learning_rate: 1e-5}}`")
+        values = OmegaConf.to_container(OmegaConf.create(text))
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        problem = " ".join(filter(None, (error.context, error.problem)))
+        raise ConfigError(f"{path}{line}: not valid YAML: {problem}") from error
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
-    if tree is None:
-        return
-    if not isinstance(tree, yaml.MappingNode):
-        raise ConfigError(f"{path}: holds no sections; write for example\ntraining:\n  learning_rate: 1e-5")
-    data = OmegaConf.to_container(values)
-    if "base" in data:
-        base = data.pop("base")
-        yield from _file_leaves(path.parent / str(base), (*chain, path.resolve()))
-    for section_node, body in tree.value:
-        section, origin = section_node.value, f"{path}:{section_node.start_mark.line + 1}"
-        if section not in data:
-            continue
-        if section in sections() and isinstance(body, yaml.MappingNode):
-            for key_node, _ in body.value:
-                key = key_node.value
-                yield f"{section}.{key}", data[section][key], f"{path}:{key_node.start_mark.line + 1}"
-        elif section in sections() and data[section] is None:
-            continue  # a section with nothing in it
-        else:
-            yield section, data[section], origin
+    return _entries(tree, values, path)
+
+
+def _entries(tree: yaml.MappingNode, values: Mapping[Any, Any], path: Path) -> Entries:
+    entries = {}
+    for key_node, node in tree.value:
+        key, origin = key_node.value, f"{path}:{key_node.start_mark.line + 1}"
+        if key not in values:  # YAML reads it as a number or the like, or it is the merge key `<<`
+            raise ConfigError(f"{origin}: {key!r} is no name of a section or a field")
+        entries[key] = (values[key], node, origin)
+    return entries
 
 
 def _override_leaves(overrides: Iterable[str]) -> Iterator[tuple[str, Any, str]]:
     for text in overrides:
         key, equals, raw = text.partition("=")
         if not equals or not key:
-            raise ConfigError(f"command line: {text!r} is no override; write section.field=value")
+            remedy = f"write --config {text}" if text.endswith((".yaml", ".yml")) else "write section.field=value"
+            raise ConfigError(f"command line: {text!r} is no override; {remedy}")
         try:
             value = OmegaConf.to_container(OmegaConf.create(f"value: {raw}"))["value"]
         except (yaml.YAMLError, OmegaConfBaseException) as error:
@@ -131,122 +140,8 @@ def _check_name(key: str, origin: str) -> None:
     if key in known:
         return
     if key in sections():
-        raise ConfigError(f"{origin}: {key} is a section; give its fields, for example {_nearest(key + '.', known)}")
-    raise ConfigError(f"{origin}: unknown key {key!r}; did you mean {_nearest(key, known)!r}?")
-
-
-def _nearest(key: str, known: Mapping[str, Any]) -> str:
-    """The known name most like `key`; one that differs in its section alone comes first."""
-    last = key.rpartition(".")[2]
-    same_field = [name for name in known if name.endswith(f".{last}")]
-    if same_field:
-        return same_field[0]
-    return max(known, key=lambda name: difflib.SequenceMatcher(None, key, name).ratio())
-
-
-def check_config(config: Config, origins: Mapping[str, str] | None = None) -> None:
-    """Check every field's own rules, then the rules between fields. Raises ConfigError at the first fault."""
-
-    def named(key: str) -> str:
-        section, name = key.split(".")
-        origin = (origins or {}).get(key, "default")
-        return f"{key} = {getattr(getattr(config, section), name)!r} ({origin})"
-
-    for key, field in fields().items():
-        section, name = key.split(".")
-        complaint = _broken_rule(getattr(getattr(config, section), name), field.metadata)
-        if complaint:
-            raise ConfigError(f"{named(key)}: {complaint}")
-    for keys, wrong, remedy in _rules_between(config):
-        if wrong:
-            raise ConfigError(f"{' and '.join(named(key) for key in keys)}: {remedy}")
-
-
-def _broken_rule(value: Any, rules: Mapping[str, Any]) -> str | None:
-    if value is None:
-        return None
-    if "choices" in rules and value not in rules["choices"]:
-        return f"choose one of: {', '.join(map(str, rules['choices']))}"
-    # written so that NaN breaks them
-    if "low" in rules and not value >= rules["low"]:
-        return f"must be at least {rules['low']}"
-    if "high" in rules and not value <= rules["high"]:
-        return f"must be at most {rules['high']}"
-    if "above" in rules and not value > rules["above"]:
-        return f"must be more than {rules['above']}"
-    if "below" in rules and not value < rules["below"]:
-        return f"must be less than {rules['below']}"
-    numbers = value.values() if isinstance(value, dict) else [value]
-    if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
-        return "must be finite"
-    return None
-
-
-def _rules_between(config: Config) -> list[tuple[tuple[str, ...], bool, str]]:
-    """(fields, whether they are at odds, how to mend it)."""
-    t = config.training
-    return [
-        (
-            ("training.rollout_batch_size", "training.group_size"),
-            t.rollout_batch_size % t.group_size != 0,
-            "rollouts do not divide into groups; make the first a multiple of the second",
-        ),
-        (
-            ("training.rollout_batch_size", "training.train_batch_size"),
-            t.rollout_batch_size % t.train_batch_size != 0,
-            "rollouts do not divide into train batches; make the first a multiple of the second",
-        ),
-        (
-            ("training.train_batch_size", "training.gradient_accumulation_steps"),
-            t.train_batch_size % t.gradient_accumulation_steps != 0,
-            "a train batch does not divide into microbatches; make the first a multiple of the second",
-        ),
-        (
-            ("training.group_size", "training.loss_type"),
-            t.group_size == 1 and t.loss_type != "no_baseline",
-            "alone in its group every advantage is 0; take a group_size of 2 or more, or loss_type no_baseline",
-        ),
-        (
-            ("training.group_size", "training.use_std_normalization"),
-            t.group_size == 1 and t.use_std_normalization,
-            "a group of 1 has no standard deviation; turn use_std_normalization off",
-        ),
-        (
-            ("training.normalize_mode", "training.gradient_accumulation_steps"),
-            t.normalize_mode == "microbatch" and t.gradient_accumulation_steps == t.train_batch_size,
-            "a microbatch of one rollout makes this mode the same as mean; lower gradient_accumulation_steps",
-        ),
-        (
-            ("training.attention_type", "training.dtype"),
-            t.attention_type.startswith("flash") and t.dtype == "float32" and t.autocast_dtype is None,
-            "flash attention computes in 16 bits; set autocast_dtype to bfloat16, or attention_type to sdpa",
-        ),
-        (
-            ("training.stop",),
-            "" in t.stop,
-            "an empty stop string would end every response at once; leave it out",
-        ),
-        (
-            ("training.min_tokens", "training.max_tokens"),
-            t.min_tokens > t.max_tokens,
-            "the shortest response is longer than the longest; lower min_tokens",
-        ),
-        (
-            ("training.autocast_dtype", "training.dtype"),
-            t.autocast_dtype is not None and t.dtype != "float32",
-            "autocast is for float32 weights; set training.dtype to float32, or autocast_dtype to null",
-        ),
-        (
-            ("training.system_prompt", "training.use_chat_template"),
-            bool(t.system_prompt) and not t.use_chat_template,
-            "a system prompt is only read with a chat template; set use_chat_template, or empty it",
-        ),
-        (
-            ("training.device",),
-            re.fullmatch(r"cpu|cuda(:\d+)?", t.device) is None,
-            "must be cpu, cuda, or cuda:N",
-        ),
-    ]
+        raise ConfigError(f"{origin}: {key} is a section; give its fields, for example {nearest(key + '.', known)}")
+    raise ConfigError(f"{origin}: unknown key {key!r}; did you mean {nearest(key, known)!r}?")
 
 
 def describe_fields() -> str:

@@ -1,6 +1,6 @@
 """Data files and prompt templates become problems and prompts; streams and subsets of them are drawn by seed.
 
-`load_problems`, `save_problems`, `load_template`, `build_prompts`, `fixed_subset`, `ProblemStream`.
+`load_problems`, `read_problems`, `save_problems`, `load_template`, `build_prompts`, `fixed_subset`, `ProblemStream`.
 """
 
 from __future__ import annotations
@@ -31,11 +31,20 @@ MAX_SHARE_WITHOUT_ANSWER = 0.01
 
 
 def load_problems(path: str | Path) -> list[Problem]:
+    """The problems of `read_problems`, with a logged warning where it left rows out."""
+    problems, without_answer = read_problems(path)
+    if without_answer:
+        lines = ", ".join(map(str, without_answer))
+        logger.warning("%s: left out %d rows with an empty answer (lines %s)", path, len(without_answer), lines)
+    return problems
+
+
+def read_problems(path: str | Path) -> tuple[list[Problem], list[int]]:
     """Read a JSONL file of problems: `problem` or `question`, `answer`, and where known `level` and `subject`.
 
     An answer is a string, a number, or a list of either, any of which is right. GSM8K's worked answers are cut to what
     follows `####`, without thousands commas. Blank lines are no rows. Rows whose answer is empty can't be scored: up
-    to one in a hundred they are left out with a logged warning. Raises ValueError with file and line for every
+    to one in a hundred they are left out, and their lines returned. Raises ValueError with file and line for every
     other bad row, and for a file without a problem.
     """
     problems, without_answer = [], []
@@ -53,10 +62,7 @@ def load_problems(path: str | Path) -> list[Problem]:
     if len(without_answer) > MAX_SHARE_WITHOUT_ANSWER * (len(problems) + len(without_answer)):
         others = f", and so are {len(without_answer) - 1} more" if without_answer[1:] else ""
         raise ValueError(f"{path}:{without_answer[0]}: `answer` is empty{others}; give it an answer or delete the row")
-    if without_answer:
-        lines = ", ".join(map(str, without_answer))
-        logger.warning("%s: left out %d rows with an empty answer (lines %s)", path, len(without_answer), lines)
-    return problems
+    return problems, without_answer
 
 
 def read_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -1,98 +1,107 @@
-"""What follows from a config, and where this machine falls short of it: told before anything is loaded."""
+"""What keeps a run from starting, as far as it can be told before anything is loaded, and what memory it takes."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from configs.defaults import Config
-from utils.config import ConfigError, to_dict, to_yaml_value
+from utils.config import ConfigError, load_config
+from utils.dataset import load_template, read_problems
 from utils.engines import choose_engine
 from utils.memory import estimate_peak_memory
+from utils.resume_rules import changed_fields
+from utils.run_files import CONFIG_FILE, holds_run
 
 # One of these is there wherever the NVIDIA driver is; asking torch would take seconds to import it. dxg is WSL's.
 GPU_FILES = ("/dev/nvidiactl", "/dev/nvidia0", "/proc/driver/nvidia/version", "/dev/dxg")
 
+INPUTS = ("train_data_file", "val_data_file", "prompt_template_file")  # of the section `paths`
+REPOSITORY = Path(__file__).parents[1]
+MADE_BY = {
+    "data/tiny/": "python play-scripts/make_tiny.py",
+    "data/math/": "python data/prepare_math.py",
+    "data/gsm8k/": "python data/prepare_gsm8k.py",
+}
 ASSUMED_GPU = 24 * 10**9  # bytes, where there is no card to ask
 ASSUMED_PROMPT = 512  # tokens, where training.max_prompt_tokens does not say
-REMEDY = (
-    ": lower vllm.gpu_memory_utilization, take smaller microbatches (more gradient_accumulation_steps or fewer "
-    "max_tokens_per_microbatch), set use_gradient_checkpointing and use_bnb_adamw8bit, or lower max_tokens"
-)
 
 
-def describe_run(config: Config) -> str:
-    """The text of `--dry-run`: the resolved config, what follows from it, and where this machine falls short."""
-    missing = [f"  - {line}" for line in shortfalls(config)] or ["  nothing"]
-    return "\n".join(
-        [
-            "# resolved config",
-            *_config_lines(config),
-            "",
-            "# what follows",
-            *(f"  {name}: {value}" for name, value in consequences(config)),
-            "",
-            "# peak memory, estimated",
-            *(f"  {line}" for line in memory_lines(config)),
-            "",
-            "# files",
-            *(f"  {line}" for line in _files(config)),
-            "",
-            "# what this machine lacks for it",
-            *missing,
-        ]
-    )
+def check_before_loading(config: Config, resume: bool, allow_changes: bool) -> None:
+    """Raise ConfigError with all that keeps a run from starting and can be seen without torch."""
+    refuse(obstacles(config, resume, allow_changes))
 
 
-def check_machine(config: Config) -> None:
-    """Raise ConfigError with all that is missing here, a line each."""
-    missing = list(shortfalls(config))
-    if missing:
-        raise ConfigError("\n       ".join(missing))
+def refuse(obstacles: Iterable[str]) -> None:
+    """Raise ConfigError where there are any, a line each."""
+    told = list(obstacles)
+    if told:
+        raise ConfigError("\n       ".join(told))
 
 
-def consequences(config: Config) -> Iterator[tuple[str, str]]:
-    """(name, value) of the sizes that follow from the config."""
-    t = config.training
-    optimizer_steps = t.epochs_per_rollout_batch * t.rollout_batch_size // t.train_batch_size
-    yield "prompts a GRPO step", f"{t.rollout_batch_size // t.group_size} (groups of {t.group_size})"
-    yield "rollouts in all", f"{t.n_grpo_steps * t.rollout_batch_size:,}"
-    policy = "on-policy" if optimizer_steps == 1 else "off-policy"
-    yield "optimizer steps a GRPO step", f"{optimizer_steps} ({policy})"
-    yield "optimizer steps in all", f"{t.n_grpo_steps * optimizer_steps:,}"
-    if t.max_tokens_per_microbatch is None:
-        yield "microbatch", f"{t.train_batch_size // t.gradient_accumulation_steps} rollouts"
-    else:
-        yield "microbatch", f"as many rollouts as fit into {t.max_tokens_per_microbatch:,} tokens"
-    yield "evaluations", _how_often(t.eval_interval, t.n_grpo_steps, "before training and after every {} steps")
-    yield "checkpoints", _how_often(t.checkpoint_interval, t.n_grpo_steps, "every {} steps, at a new best")
-    if t.top_p < 1.0:
+def obstacles(config: Config, resume: bool, allow_changes: bool) -> Iterator[str]:
+    """What keeps a run from starting: what the machine lacks, files that cannot be used, its output folder."""
+    yield from shortfalls(config)
+    yield from unusable_files(config)
+    yield from output_obstacles(config, resume, allow_changes)
+
+
+def unusable_files(config: Config, inputs: Sequence[str] = INPUTS) -> Iterator[str]:
+    """What is wrong in the data files and the prompt template, where they are there."""
+    for name in inputs:
+        path = getattr(config.paths, name)
+        try:
+            if Path(path).is_file():
+                (load_template if name == "prompt_template_file" else read_problems)(path)
+        except (ValueError, OSError) as error:
+            yield f"paths.{name} = {error}"
+
+
+def output_obstacles(config: Config, resume: bool, allow_changes: bool) -> Iterator[str]:
+    """What forbids a run to write to its output folder."""
+    named, folder = f"paths.output_dir = {config.paths.output_dir!r}", Path(config.paths.output_dir)
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not there.is_dir():
+        yield f"{named}: {there} is a file; give another folder"
+    elif not os.access(there, os.W_OK | os.X_OK):
+        yield f"{named}: {there} may not be written to; give another folder"
+    elif not resume and holds_run(folder):
+        yield f"{named} already holds a run; continue it with --resume, or choose another folder"
+    elif resume and not allow_changes:
+        yield from _other_config(config, folder)
+
+
+def _other_config(config: Config, folder: Path) -> Iterator[str]:
+    """Why the run in the folder is not this config's, if it is not."""
+    if (folder / CONFIG_FILE).exists():
+        changed = changed_fields(load_config([folder / CONFIG_FILE]), config)
+        if changed:
+            yield (
+                f"the run in {str(folder)!r} was begun with another config, and these fields may not change: "
+                f"{'; '.join(changed)}. Give them the saved values, or insist with --allow-changes"
+            )
+    elif any((folder / "checkpoints").glob("step_*")):
         yield (
-            "note",
-            "the trainer's log-probs know nothing of top_p below 1: train/sampler_kl shows how far they are off",
+            f"{folder} has checkpoints but no {CONFIG_FILE}, so whether this config is theirs cannot be told; put the "
+            "file back, or insist with --allow-changes"
         )
-    if optimizer_steps > 1 and t.loss_type in ("no_baseline", "reinforce_with_baseline"):
-        yield "note", f"{t.loss_type} does not correct for off-policy steps"
 
 
-def shortfalls(config: Config) -> Iterator[str]:
+def shortfalls(config: Config, inputs: Sequence[str] = INPUTS) -> Iterator[str]:
     """What this machine lacks for the config, each with its remedy. Imports neither torch nor vLLM."""
     p, t = config.paths, config.training
-    hints = {
-        "data/tiny": "make it: python play-scripts/make_tiny.py",
-        "data/math": "make it: python data/prepare_math.py",
-        "data/gsm8k": "make it: python data/prepare_gsm8k.py",
-    }
-    for name in ("train_data_file", "val_data_file", "prompt_template_file"):
+    for name in inputs:
         path = getattr(p, name)
-        if not Path(path).is_file():
-            hint = next((hint for folder, hint in hints.items() if path.startswith(folder)), "give another path")
-            yield f"paths.{name} = {path!r}: no such file; {hint}"
+        if Path(path).is_dir():
+            yield f"paths.{name} = {path!r} is a folder; give a file"
+        elif not Path(path).is_file():
+            yield f"paths.{name} = {path!r}: no such file; {_where_to_get(path, 'give another path')}"
     if is_local(p.model_path) and not (Path(p.model_path) / "config.json").is_file():
-        hint = hints["data/tiny"] if p.model_path.startswith("data/tiny") else "give a checkpoint folder or a hub name"
+        hint = _where_to_get(p.model_path, "give a checkpoint folder or a hub name")
         yield f"paths.model_path = {p.model_path!r}: no config.json there; {hint}"
     if t.device.startswith("cuda") and not any(map(Path.exists, map(Path, GPU_FILES))):
         yield f"training.device = {t.device!r}: no NVIDIA GPU here; set training.device=cpu"
@@ -116,39 +125,33 @@ def shortfalls(config: Config) -> Iterator[str]:
             yield f"{what} needs the package {package}, which is missing: {_install(package)}, {remedy}"
 
 
+def _where_to_get(path: str, otherwise: str) -> str:
+    if not Path(path).exists() and (REPOSITORY / path).exists():
+        return "it is in the repository: start from the folder of train_grpo.py"
+    command = next((command for folder, command in MADE_BY.items() if f"{path}/".startswith(folder)), None)
+    return f"make it: {command}" if command else otherwise
+
+
 def is_local(model_path: str) -> bool:
     """Whether a model path means a folder here: a hub name is `name` or `owner/name`, and no folder of that name is."""
     return model_path.startswith((".", "/", "~")) or model_path.count("/") > 1 or Path(model_path).exists()
 
 
 def model_config(model_path: str) -> dict | None:
-    """The model's config.json, from its folder or from what the hub's client has kept; None where neither has it."""
+    """The model's config.json, from its folder or from what the hub's client has kept; None where neither has it.
+
+    Raises ValueError where it is not JSON.
+    """
     file = Path(model_path) / "config.json"
     if not is_local(model_path):
         from huggingface_hub import try_to_load_from_cache
 
         cached = try_to_load_from_cache(model_path, "config.json")
         file = Path(cached) if isinstance(cached, str) else file
-    return json.loads(file.read_text()) if file.is_file() else None
-
-
-def memory_lines(config: Config) -> Iterator[str]:
-    """The estimate by part, and whether the GPU has it. Nothing is loaded but the model's config.json."""
     try:
-        parts = estimated_memory(config)
+        return json.loads(file.read_bytes()) if file.is_file() else None
     except ValueError as error:
-        yield f"unknown: {error}"
-        return
-    for name, size in parts.items():
-        yield f"{name.replace('_', ' '):15} {size / 1e9:8.2f} GB"
-    longest_prompt = config.training.max_prompt_tokens or ASSUMED_PROMPT
-    yield f"for sequences of {longest_prompt + config.training.max_tokens:,} tokens, {longest_prompt:,} of them prompt"
-    if config.training.device.startswith("cuda"):
-        memory, peak = gpu_memory() or ASSUMED_GPU, max(parts["rollout_peak"], parts["training_peak"])
-        card = f"{memory / 1e9:.1f} GB " + ("that the GPU has" if gpu_memory() else "assumed, as there is no GPU here")
-        yield f"{'fits into' if peak <= memory else 'DOES NOT FIT into'} the {card}" + (
-            "" if peak <= memory else REMEDY
-        )
+        raise ValueError(f"{file} is not JSON: {error}") from error
 
 
 def estimated_memory(config: Config) -> dict[str, int]:
@@ -179,33 +182,3 @@ def _install(package: str) -> str:
         "flash_attn_interface": "build FlashAttention 3 from its repository",
         "wandb": "pip install wandb",
     }[package]
-
-
-def _files(config: Config) -> Iterator[str]:
-    p = config.paths
-    for path in (p.train_data_file, p.val_data_file, p.prompt_template_file, p.model_path):
-        yield f"reads  {path}"
-    for name in (
-        "config.yaml",
-        "run.json",
-        "metrics.jsonl",
-        "rollouts.jsonl",
-        "warnings.jsonl",
-        "status.json",
-        "checkpoints/",
-        "reward_curve.png",
-    ):
-        yield f"writes {Path(p.output_dir) / name}"
-
-
-def _how_often(interval: int | None, n_steps: int, text: str) -> str:
-    if interval is None:
-        return "never" if "before" in text else "only at the end"
-    return text.format(interval) + " and at the end"
-
-
-def _config_lines(config: Config) -> Iterator[str]:
-    for section, values in to_dict(config).items():
-        yield f"{section}:"
-        for name, value in values.items():
-            yield f"  {name}: {to_yaml_value(value)}"
