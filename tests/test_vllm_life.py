@@ -237,7 +237,8 @@ def test_processes_end_cleanly(tiny_model_dir: Path, ending: str) -> None:
 
     action, expected = ENDINGS[ending]
     script = f"""
-        import sys, torch
+        import signal, sys, torch
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
         sys.path.insert(0, {str(Path(__file__).parent)!r})
         from engine_cases import cpu_config, prompts_of
         from transformers import AutoModelForCausalLM, AutoTokenizer
