@@ -1,8 +1,10 @@
 # make quickstart   train a tiny model with GRPO and draw its reward curve (no GPU, no downloads of weights or data)
 # make test         run the tests
 # make lint         run the linter
+# make setup        make the virtual environment, and nothing else
+# make clean        remove it, and what building left
 #
-# Each target first makes a virtual environment in .venv, for a GPU where the NVIDIA driver is there and for the CPU
+# Each target but the last first makes a virtual environment in .venv, for a GPU where the NVIDIA driver is there and for the CPU
 # elsewhere. To decide yourself: make test BUILD=cpu (or gpu). Another Python: make test PYTHON=python3.12
 
 PYTHON ?= python3

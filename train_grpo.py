@@ -7,8 +7,8 @@ A GRPO step samples a group of responses to each of a few problems, scores them,
 reward against its group's, and follows the policy gradient. `train` below is the algorithm, `utils/grpo.py` its
 mathematics, `utils/update.py` the inner loop; what surrounds a step (evaluating, saving, ending) is in `utils/run.py`.
 
-Exit status: 0 finished, 1 an error, 2 a mistake in what was asked for, 3 collapsed, 4 stopped by a signal and saved,
-5 time limit reached and saved, 6 too many non-finite numbers.
+Exit status: 0 finished, 1 an error, 2 a mistake in what was asked for, 3 collapsed, 4 stopped by a signal and saved
+(before the first step there is nothing to save), 5 time limit reached and saved, 6 too many non-finite numbers.
 """
 
 from __future__ import annotations

@@ -113,7 +113,9 @@ class Training:
     max_val_examples: int | None = option(1024, "problems in the fixed validation subset; null is all", low=1)
     checkpoint_interval: int | None = option(4, "save every so many GRPO steps; null is only at the end", low=1)
     checkpoint_keep: int = option(2, "newest checkpoints kept, beside the best and the last", low=1)
-    max_hours: float | None = option(None, "end the run in time for its last save within so many hours", above=0.0)
+    max_hours: float | None = option(
+        None, "end the run in time for its last save within so many hours, counted anew with each --resume", above=0.0
+    )
     n_rollouts_to_log: int = option(16, "rollouts written at every evaluation, of training and validation each", low=0)
     wandb_project: str = option("", "Weights & Biases project; empty is off")
     wandb_run_name: str = option("", "name of the run there; empty lets it choose")

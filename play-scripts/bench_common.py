@@ -23,6 +23,7 @@ SHAPES = {
 
 
 OLD_LOG_PROBS = "old log-probs"
+TRL, TRL_OUR_KERNELS = "TRL GRPOTrainer", "TRL with our kernels"
 
 
 def hardware(device: str) -> str:

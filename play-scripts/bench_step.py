@@ -8,7 +8,7 @@ drawn, so that every variant and TRL have the same work. With `--shape` a model 
 are random, nothing is sampled, and response lengths vary around `--response-tokens`: the training half of the step.
 Each measurement is a process of its own, a warm-up step and then `--steps`; the variants take turns `--rounds` times,
 and ratios are between the medians of one call, of wall and of processor time. TRL joins where it is installed and
-something is sampled.
+something is sampled: as it comes, and with our attention kernel and float32 products.
 """
 
 from __future__ import annotations
@@ -23,14 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_common import SHAPES, hardware
+from bench_common import SHAPES, TRL, TRL_OUR_KERNELS, hardware
 from bench_worker import MKL, ROOT, VARIANTS
 
 from configs.defaults import Config
 from utils.config import load_config
 from utils.memory import count_parameters, estimate_peak_memory
 
-TRL = "TRL GRPOTrainer"
 # FLOP/s in bfloat16, dense, sums in float32, as NVIDIA's datasheets give them
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "4090": 165.2e12}
 
@@ -45,7 +44,12 @@ def parse_arguments() -> argparse.Namespace:
     add("--reward", type=float, default=0.8, help="mean of the drawn rewards (0.8)")
     add("--steps", type=int, default=5, help="timed steps a measurement (5)")
     add("--rounds", type=int, default=3, help="turns (3)")
-    add("--only", nargs="+", choices=[*VARIANTS, TRL], help="these variants alone; the first is the base of the ratios")
+    add(
+        "--only",
+        nargs="+",
+        choices=[*VARIANTS, TRL, TRL_OUR_KERNELS],
+        help="these variants alone; the first is the base of the ratios",
+    )
     add("--output", type=Path, help="write OUTPUT.json and OUTPUT.png")
     add("--variant", help=argparse.SUPPRESS)
     return parser.parse_intermixed_args()
@@ -77,7 +81,7 @@ def measure_in_turn(variants: list[str], rounds: int) -> dict[str, list[dict[str
     for round_number in range(1, rounds + 1):
         for variant in variants:
             print(f"round {round_number} of {rounds}: {variant}", file=sys.stderr, flush=True)
-            script = "bench_trl.py" if variant == TRL else "bench_worker.py"
+            script = "bench_trl.py" if variant in (TRL, TRL_OUR_KERNELS) else "bench_worker.py"
             command = [sys.executable, str(ROOT / "play-scripts" / script), *sys.argv[1:]]
             done = subprocess.run([*command, f"--variant={variant}"], stdout=subprocess.PIPE, text=True, check=False)
             if done.returncode:
@@ -167,7 +171,9 @@ def main() -> None:
     has_trl = importlib.util.find_spec("trl") is not None and not args.shape
     on_cpu = config.training.device == "cpu"
     variants = [variant for variant in VARIANTS if on_cpu or variant != MKL]
-    rows = summarize(measure_in_turn(args.only or [*variants, *([TRL] if has_trl else [])], args.rounds))
+    rows = summarize(
+        measure_in_turn(args.only or [*variants, *([TRL, TRL_OUR_KERNELS] if has_trl else [])], args.rounds)
+    )
     model_config = json.loads((Path(config.paths.model_path) / "config.json").read_text())
     device = config.training.device
     peak_flops = None

@@ -13,13 +13,13 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
-from bench_common import Clock
+from bench_common import TRL_OUR_KERNELS, Clock
 from bench_worker import ROOT, draw_rewards, prompt_texts
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from configs.defaults import Config
 from utils.memory import MemoryTracker
-from utils.policy import load_tokenizer
+from utils.policy import choose_cpu_products, load_tokenizer
 
 if TYPE_CHECKING:
     from trl import GRPOConfig
@@ -79,7 +79,11 @@ def measure(args: argparse.Namespace, config: Config) -> dict[str, Any]:
     def reward(completions: list[str], **_options: Any) -> list[float]:
         return draw_rewards(len(completions), t.group_size, args.reward, step=int(laps.clock is not None))
 
-    model = AutoModelForCausalLM.from_pretrained(config.paths.model_path, dtype=getattr(torch, t.dtype))
+    kernels = {}
+    if args.variant == TRL_OUR_KERNELS:
+        kernels["attn_implementation"] = t.attention_type
+        choose_cpu_products(t.use_onednn)
+    model = AutoModelForCausalLM.from_pretrained(config.paths.model_path, dtype=getattr(torch, t.dtype), **kernels)
     prompts = Dataset.from_list([{"prompt": text} for text in prompt_texts(config)])
     trainer = GRPOTrainer(
         model,

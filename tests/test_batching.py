@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import groupby, pairwise
 from pathlib import Path
+from random import Random
 
 import torch
 from hypothesis import given
@@ -71,6 +73,23 @@ def test_microbatches_hold_every_row_once_and_nothing_else(
             assert torch.equal(microbatch.old_log_probs[k][mask], torch.tensor(rollout.sampler_log_probs))
             assert microbatch.advantages[k, 0] == -row
         assert torch.equal(microbatch.response_index, microbatch.response_mask.flatten().nonzero().flatten())
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=30), st.integers(1, 4), st.integers(1, 40), st.randoms())
+def test_rows_of_a_group_stay_together(lengths: list[int], group_size: int, max_tokens: int, random: Random) -> None:
+    rows = random.sample(range(len(lengths)), random.randint(1, len(lengths)))
+    pieces = split_rows(torch.tensor(rows), torch.tensor(lengths), 1, max_tokens, group_size)
+    order = torch.cat(pieces).tolist()
+    assert sorted(order) == sorted(rows)
+    groups = [group for group, _ in groupby(row // group_size for row in order)]
+    assert len(groups) == len(set(groups))
+    longest = [max(lengths[row] for row in order if row // group_size == group) for group in groups]
+    assert longest == sorted(longest, reverse=True)
+    areas = [len(piece) * max(lengths[row] for row in piece.tolist()) for piece in pieces]
+    assert all(area <= max_tokens or len(piece) == 1 for area, piece in zip(areas, pieces, strict=True))
+    for piece, following in pairwise(pieces):  # no piece had room for one more
+        widest = max(lengths[row] for row in [*piece.tolist(), int(following[0])])
+        assert (len(piece) + 1) * widest > max_tokens
 
 
 def test_no_rows_make_no_microbatch() -> None:

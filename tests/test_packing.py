@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 from update_cases import ON_POLICY, make_batch
 
+from utils import log_probs as log_probs_module
 from utils.batching import response_mask
 from utils.engines.transformers_engine import TransformersEngine
 from utils.log_probs import has_plain_head, response_log_probs
@@ -54,7 +55,7 @@ def test_pack_by_hand() -> None:
     # 9, 4 and 7 end their sequences; the second row has the first one's prompt; the last has nothing to predict
     assert packing.token_ids.tolist() == [5, 6, 7, 8, 5, 6]
     assert packing.positions.tolist() == [0, 1, 2, 3, 0, 1]
-    assert packing.tokens_of.tolist() == [[0, 1, 2, 3], [0, 1, 0, 0], [4, 5, 0, 0], [0, 0, 0, 0]]
+    assert packing.tokens_of.tolist() == [[0, 1, 2, 3], [0, 1, 0, 0], [4, 5, 4, 4], [0, 0, 0, 0]]
     assert packing.place_of.tolist() == [0, 1, 2, 3, 8, 9]
     assert packing.predicts.tolist() == [1, 2, 3, 1, 4, 5]
 
@@ -116,13 +117,50 @@ def test_log_probs_and_gradients_are_those_of_the_padded_pass(
         assert (ours - theirs).norm() < 2e-6 * theirs.norm()  # the models' norms compute in float32
 
 
-def test_other_attention_stays_as_it_is() -> None:
-    for policy in (build(LlamaConfig), build(Qwen2Config)):
-        if isinstance(policy.config, Qwen2Config):
-            policy.config.attention_dropout = 0.1
-        kernel = policy.config._attn_implementation
-        assert not enable_packing(policy) and not is_packable(policy)
-        assert policy.config._attn_implementation == kernel
+@pytest.mark.parametrize(
+    ("config_class", "options"),
+    [
+        (LlamaConfig, {}),
+        (Qwen2Config, {"attention_dropout": 0.1}),
+        (Qwen2Config, {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
+    ],
+)
+def test_other_attention_stays_as_it_is(config_class: type, options: dict) -> None:
+    policy = AutoModelForCausalLM.from_config(config_class(**SIZES, **options), attn_implementation="sdpa")
+    assert not enable_packing(policy) and not is_packable(policy)
+    assert policy.config._attn_implementation == "sdpa"
+
+
+def test_what_is_not_packed_is_told(tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_config(LlamaConfig(**SIZES)).save_pretrained(tmp_path)
+    with pytest.warns(
+        UserWarning, match="use_packing: LlamaForCausalLM with sdpa attention is not among what it knows"
+    ):
+        load_policy(str(tmp_path), ON_POLICY)
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+def test_a_sequence_that_overflows_spoils_no_other(kernel: str) -> None:
+    policy = build(Qwen2Config, kernel)
+    assert enable_packing(policy)
+    input_ids, mask = padded([([5], [6, 7, 8]), ([9], [3]), ([4], [2])])
+    with torch.no_grad():
+        policy.get_input_embeddings().weight[5] = torch.nan
+        log_probs, _ = response_log_probs(policy, input_ids, mask)
+    # the head is tied to nothing: only what attends to token 5 is lost
+    assert log_probs.isfinite().all(1).tolist() == [False, True, True]
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+def test_bfloat16_is_as_near_to_float64_as_the_padded_pass(kernel: str) -> None:
+    exact, _ = log_probs_and_gradients(build())
+    errors = []
+    for packed in (True, False):
+        policy = build(kernel=kernel).bfloat16()
+        if packed:
+            assert enable_packing(policy)
+        errors.append((log_probs_and_gradients(policy)[0].double() - exact).norm())
+    assert errors[0] < 2 * errors[1]
 
 
 def test_a_microbatch_without_a_response_token_is_harmless() -> None:
@@ -135,12 +173,15 @@ def test_a_microbatch_without_a_response_token_is_harmless() -> None:
 
 @pytest.mark.parametrize("attention_type", ["sdpa", "eager"])
 @pytest.mark.parametrize("cut", [{"gradient_accumulation_steps": 4}, {"max_tokens_per_microbatch": 30}])
-def test_an_update_is_the_same_with_and_without(tiny_model_dir: Path, attention_type: str, cut: dict) -> None:
+def test_an_update_is_the_same_with_and_without(
+    tiny_model_dir: Path, attention_type: str, cut: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
     weights = []
     for use_packing in (True, False):
         training = replace(ON_POLICY, attention_type=attention_type, use_packing=use_packing, **cut)
         policy = load_policy(str(tiny_model_dir), training)
         assert is_packable(policy) == use_packing
+        monkeypatch.setattr(log_probs_module, "pack", None)  # packed once, beforehand, and not on the way
         update_policy(policy, torch.optim.SGD(policy.parameters(), lr=1.0), make_batch(), training, 0)
         weights.append(torch.cat([p.detach().flatten() for p in policy.parameters()]))
     before = torch.cat([p.detach().flatten() for p in load_policy(str(tiny_model_dir), ON_POLICY).parameters()])
@@ -149,9 +190,10 @@ def test_an_update_is_the_same_with_and_without(tiny_model_dir: Path, attention_
 
 
 @pytest.mark.parametrize("attention_type", ["sdpa", "eager"])
-def test_sampling_under_a_padding_mask_is_that_of_the_plain_model(tiny_model_dir: Path, attention_type: str) -> None:
+@pytest.mark.parametrize("texts", [("1 + 2", "31 + 4 =", "7"), ("12", "34", "56")])  # with a padding mask, without
+def test_sampling_is_that_of_the_plain_model(tiny_model_dir: Path, attention_type: str, texts: tuple[str, ...]) -> None:
     tokenizer = load_tokenizer(str(tiny_model_dir))
-    prompts = [Prompt(Problem(text, ""), text, tuple(tokenizer(text).input_ids)) for text in ("1 + 2", "31 + 4 =", "7")]
+    prompts = [Prompt(Problem(text, ""), text, tuple(tokenizer(text).input_ids)) for text in texts]
     sampling = Sampling(
         temperature=1.0, top_p=1.0, min_tokens=8, max_tokens=8, stop=(), include_stop_str_in_output=True
     )

@@ -49,6 +49,12 @@ def layout() -> dict[str, int]:
     return levels
 
 
+def test_the_layout_is_in_the_order_of_its_levels() -> None:
+    levels = list(layout().values())
+    assert len(levels) > 40
+    assert levels == sorted(levels)
+
+
 def module_of(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 

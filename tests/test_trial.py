@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from configs.defaults import Training
 from utils import trial
+from utils.packing import enable_packing
 from utils.trial import optimizer_bytes, try_longest_microbatch
 
 SETTINGS = Training(
@@ -22,6 +23,16 @@ SETTINGS = Training(
 @pytest.fixture
 def policy(tiny_model_dir: Path) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+
+
+def test_packed_rows_share_nothing(policy: torch.nn.Module) -> None:
+    assert enable_packing(policy)
+    shapes = []
+    policy.get_decoder().register_forward_pre_hook(
+        lambda _module, _args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    try_longest_microbatch(policy, replace(SETTINGS, max_tokens_per_microbatch=33), longest_prompt=5)
+    assert shapes[-1] == (1, 3 * 10)  # three sequences of 11, whose last tokens predict nothing
 
 
 @pytest.mark.parametrize(("budget", "rows"), [(None, 2), (1, 1), (33, 3), (10_000, 8)])

@@ -10,6 +10,7 @@ import torch
 from update_cases import ON_POLICY, make_batch
 
 from utils.batching import take_microbatch
+from utils.packing import is_packable
 from utils.policy import build_optimizer, load_policy
 from utils.step_sums import StepSums
 from utils.trial import try_longest_microbatch
@@ -31,16 +32,19 @@ def test_cuda_and_cpu_end_in_the_same_weights(tiny_model_dir: Path) -> None:
     assert (weights[0] - weights[1]).abs().mean() < 0.01 * ON_POLICY.learning_rate
 
 
+@pytest.mark.parametrize("n_repeats", [1, 200])  # looking tokens up goes other ways for few and for thousands
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_nothing_waits_for_the_device_between_microbatches(tiny_model_dir: Path, dtype: str) -> None:
+def test_nothing_waits_for_the_device_between_microbatches(tiny_model_dir: Path, dtype: str, n_repeats: int) -> None:
     training = replace(ON_CUDA, dtype=dtype)
-    policy, batch, sums = load_policy(str(tiny_model_dir), training), make_batch(), StepSums()
-    device = next(policy.parameters()).device
+    policy, sums = load_policy(str(tiny_model_dir), training), StepSums()
+    device, rows = next(policy.parameters()).device, torch.arange(8)
+    batch = make_batch(n_repeats=n_repeats)
+    assert is_packable(policy)
 
     def one_microbatch() -> None:
-        train_on_microbatch(
-            policy, take_microbatch(batch, torch.arange(4), torch.ones(8), None, device), training, sums
-        )
+        unused = torch.ones(len(batch.rewards))
+        microbatch = take_microbatch(batch, rows, unused, None, device, packed=True)
+        train_on_microbatch(policy, microbatch, training, sums)
 
     one_microbatch()  # looks at the model once, and fills caches
     torch.cuda.set_sync_debug_mode("error")

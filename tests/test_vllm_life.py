@@ -189,16 +189,26 @@ def test_same_greedy_ids_for_an_untied_padded_compiled_policy(
         engine.close()
 
 
-def test_start_and_use_leave_random_states_alone(
+@pytest.fixture
+def products_by_onednn() -> Iterator[None]:
+    """What training.use_onednn sets."""
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    yield
+    torch.backends.mkldnn.matmul.fp32_precision = "none"
+
+
+def test_start_and_use_leave_random_states_and_products_alone(
     tiny_model_dir: Path,
     policy: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     caplog: pytest.LogCaptureFixture,
+    products_by_onednn: None,
 ) -> None:
     """Started after others in this process; in bfloat16."""
 
     def states() -> list[object]:
-        return [random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()]
+        random_states = [random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()]
+        return [*random_states, torch.backends.mkldnn.matmul.fp32_precision]
 
     random.seed(5)
     np.random.seed(5)

@@ -17,12 +17,14 @@ ON_POLICY = Training(
 )  # fmt: skip
 
 
-def make_batch(rewards: tuple[float, ...] = (1, 0, 0, 1, 1, 1, 1, 1), pad_id: int = 0, seed: int = 0) -> TrainBatch:
-    """Eight rollouts of several lengths, one response empty; the second group's rewards are equal by default."""
+def make_batch(
+    rewards: tuple[float, ...] = (1, 0, 0, 1, 1, 1, 1, 1), pad_id: int = 0, seed: int = 0, n_repeats: int = 1
+) -> TrainBatch:
+    """Eight rollouts of several lengths (times `n_repeats`), one empty; the second group's rewards are equal."""
     generator = torch.Generator().manual_seed(seed)
     draw = lambda n: tuple(torch.randint(1, 250, (n,), generator=generator).tolist())  # noqa: E731
     rollouts = []
-    for i, length in enumerate([3, 7, 0, 5, 2, 9, 4, 1]):
+    for i, length in enumerate(n_repeats * n for n in [3, 7, 0, 5, 2, 9, 4, 1]):
         prompt = Prompt(Problem("?", "1"), "", draw(2 + i % 3))
         rollouts.append(Rollout(prompt, "", draw(length), (-1.0,) * length, "stop"))
     raw = torch.tensor(rewards, dtype=torch.float32)

@@ -119,9 +119,8 @@ def split_rows(
 ) -> list[Tensor]:
     """Cut rows (N,) into microbatches of neighbours in length, so that little is padding; longest first.
 
-    `size` sequences each, or as many as fit into `max_tokens` with their padding (at least one). Longest first, so that
-    a lack of memory shows at the first microbatch. With `group_size`, the rows of a group, which share a prompt, stay
-    together, and groups are sorted by their longest row.
+    `size` sequences each, or as many as fit into `max_tokens` with their padding (at least one). With `group_size`, the
+    rows of a group, which share a prompt, stay together, and groups are sorted by their longest row.
     """
     lengths, groups = sequence_lengths[rows], rows // group_size
     longest = torch.zeros(len(sequence_lengths), dtype=torch.int64).scatter_reduce(0, groups, lengths, "amax")[groups]

@@ -19,7 +19,7 @@ class Status(IntEnum):
     ERROR = 1
     USER_MISTAKE = 2
     COLLAPSED = 3
-    STOPPED_BY_SIGNAL = 4  # saved, can be resumed
+    STOPPED_BY_SIGNAL = 4  # saved, can be resumed; before the first step there is nothing to save
     TIME_LIMIT = 5  # saved, can be resumed
     NONFINITE = 6
 
@@ -68,9 +68,8 @@ class StopRequest(SignalHandler):
         for each in self.SIGNALS:
             signal.signal(each, signal.SIG_DFL)  # the kernel's own, which ends even a process that is stuck in C code
         # Not print: the signal may have come in the middle of one.
-        os.write(
-            2, f"\n{self.signal.name}: ending after the work at hand and a save; once more ends at once\n".encode()
-        )
+        said = "ending after the work at hand, and a save of the steps done, if any; once more ends at once"
+        os.write(2, f"\n{self.signal.name}: {said}\n".encode())
 
 
 class TimeLimit:

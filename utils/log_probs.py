@@ -143,7 +143,7 @@ def has_plain_head(policy: nn.Module) -> bool:
             seen["output"] = torch.linspace(-100, 100, output.numel()).to(output).view_as(output)
             return seen["output"]
 
-        with head.register_forward_hook(replace_output):
+        with head.register_forward_hook(replace_output), torch.compiler.set_stance("force_eager"):
             logits = policy(ids, use_cache=False).logits
         plain = (
             type(head) is nn.Linear

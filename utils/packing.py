@@ -32,7 +32,7 @@ class Packing:
 
     token_ids: Tensor  # (N,)
     positions: Tensor  # (N,) in their sequences
-    tokens_of: Tensor  # (M, t) which token of the row stands there; any, where there is padding
+    tokens_of: Tensor  # (M, t) which token of the row stands there; where there is padding, the sequence's first
     place_of: Tensor  # (N,) where a token's own result stands in the flattened (M, t)
     predicts: Tensor  # (L,) the token of the row that predicts each label
 
@@ -66,7 +66,8 @@ def pack(input_ids: Tensor, response_mask: Tensor) -> Packing:
     place_of = (real & (owner == row)).flatten().nonzero().squeeze(1)
     number = torch.zeros(n_rows * width, dtype=torch.int64)
     number[place_of] = torch.arange(len(place_of))
-    tokens_of = torch.where(real, number[owner * width + column], 0)
+    # padding is never seen but by itself; it must be the row's own, for in attention 0 times another's NaN is NaN
+    tokens_of = number[torch.where(real, owner * width + column, owner[:, :1] * width)]
     return Packing(
         token_ids=ids.flatten()[place_of],
         positions=place_of % width,
@@ -78,7 +79,7 @@ def pack(input_ids: Tensor, response_mask: Tensor) -> Packing:
 
 def enable_packing(policy: PreTrainedModel) -> bool:
     """Give a policy the attention that `packed_hidden_states` needs; False, and nothing changed, where it has another
-    kind of attention. Padded batches go through it as before."""
+    kind of attention. Padded batches then go through `packed_sdpa`."""
     config = policy.config
     plain = config.model_type in PACKABLE_MODELS and set(config.layer_types) == {"full_attention"}
     if not plain or config.attention_dropout or config._attn_implementation not in KERNELS:
@@ -120,16 +121,16 @@ def packed_sdpa(
     (B, T, heads, D), None. With `tokens_of` and `place_of` they are one row: B is 1, T and S are N."""
     if tokens_of is not None:
         query, key, value = (_look_up(states, tokens_of) for states in (query, key, value))
-        output = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
-        return _put_back(output, place_of), None
-    if query.device.type != "cpu":
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
-    # Under a mask transformers copies keys and values for each query head; the CPU's kernel needs no copies.
-    is_causal = attention_mask is None and query.shape[2] > 1
-    output = scaled_dot_product_attention(
-        query, key, value, attn_mask=attention_mask, is_causal=is_causal, scale=scaling, enable_gqa=True
-    )
-    return output.transpose(1, 2).contiguous(), None
+        attention_mask = None
+    if query.device.type == "cpu":
+        # Under a mask transformers copies keys and values for each query head; the CPU's kernel needs no copies.
+        is_causal = query.shape[2] > 1 and attention_mask is None
+        output = scaled_dot_product_attention(
+            query, key, value, attn_mask=attention_mask, is_causal=is_causal, scale=scaling, enable_gqa=True
+        ).transpose(1, 2)
+    else:
+        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
+    return (output.contiguous() if tokens_of is None else _put_back(output, place_of)), None
 
 
 def packed_eager(
@@ -155,20 +156,18 @@ def packed_eager(
     future = future.repeat(n_heads // n_groups, 1)
     scores = torch.baddbmm(future, query, key.transpose(1, 2), alpha=scaling)
     output = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype) @ value
-    return _put_back(output.view(n_rows, n_heads, length, -1), place_of), None
+    return _put_back(output.view(n_rows, n_heads, length, -1).transpose(1, 2), place_of), None
 
 
 def _look_up(states: Tensor, tokens_of: Tensor) -> Tensor:
-    """(1, heads, N, D), (M, t) -> (M, heads, t, D). `embedding` sums the copies' gradients in float32, and fast."""
+    """(1, heads, N, D), (M, t) -> (M, heads, t, D). The gradients of a token's copies add up."""
     n_heads = states.shape[1]
     return embedding(tokens_of, states.transpose(1, 2).flatten(2)[0]).unflatten(2, (n_heads, -1)).transpose(1, 2)
 
 
 def _put_back(output: Tensor, place_of: Tensor) -> Tensor:
-    """(M, heads, t, D), (N,) -> (1, N, heads, D): each token's own result."""
-    n_heads = output.shape[1]
-    rows = output.transpose(1, 2).flatten(2).flatten(0, 1)
-    return embedding(place_of, rows).unflatten(1, (n_heads, -1))[None]
+    """(M, t, heads, D), (N,) -> (1, N, heads, D): each token's own result."""
+    return embedding(place_of, output.flatten(2).flatten(0, 1)).unflatten(1, output.shape[2:])[None]
 
 
 for _name, _attention in {"packed_sdpa": packed_sdpa, "packed_eager": packed_eager}.items():

@@ -29,7 +29,8 @@ def load_policy(model_path: str, training: Training) -> PreTrainedModel:
     """The checkpoint's model on `training.device`, ready to train. Raises ValueError where it cannot be loaded."""
     if training.cpu_threads is not None:
         torch.set_num_threads(training.cpu_threads)
-    choose_cpu_products(training.use_onednn)
+    if training.device == "cpu":
+        choose_cpu_products(training.use_onednn)
     try:
         policy = AutoModelForCausalLM.from_pretrained(
             model_path, dtype=getattr(torch, training.dtype), attn_implementation=training.attention_type
@@ -40,8 +41,12 @@ def load_policy(model_path: str, training: Training) -> PreTrainedModel:
     policy.to(training.device).train()
     if training.use_gradient_checkpointing:
         policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if training.use_packing:
-        enable_packing(policy)
+    if training.use_packing and not enable_packing(policy):
+        warnings.warn(
+            f"training.use_packing: {type(policy).__name__} with {training.attention_type} attention is not among what "
+            "it knows, so microbatches are padded",
+            stacklevel=2,
+        )
     if training.use_compile:
         # in place, so that parameter names stay as they are; dynamic, since every microbatch has a length of its own
         policy.get_decoder().compile(dynamic=True)

@@ -55,7 +55,7 @@ def start_vllm(config: Config, policy: PreTrainedModel, vocabulary_size: int, lo
     }
     if vocabulary_size < policy.config.vocab_size:
         options["hf_overrides"] = {"vocab_size": vocabulary_size}
-    n_threads = torch.get_num_threads()
+    n_threads, cpu_products = torch.get_num_threads(), torch.backends.mkldnn.matmul.fp32_precision
     try:
         with preserved_random_state(), quiet(), compilation(config.training.device):
             return LLM(**options)
@@ -64,6 +64,7 @@ def start_vllm(config: Config, policy: PreTrainedModel, vocabulary_size: int, lo
         raise RuntimeError(explain_failed_start(config, max_model_len, error)) from error
     finally:
         torch.set_num_threads(n_threads)  # the CUDA build sets one
+        torch.backends.mkldnn.matmul.fp32_precision = cpu_products  # and both choose who makes float32 products
 
 
 def check_knobs(config: Config, policy: PreTrainedModel, longest_prompt: int) -> int:
