@@ -12,7 +12,16 @@ from utils.config import load_config
 from utils.history import Run, load_runs
 from utils.metrics_doc import METRICS
 from utils.published import ABLATIONS, Claim, find_ablation
-from utils.report import check, differences, direction, ending_sentence, sentences, write_report, write_top_page
+from utils.report import (
+    check,
+    differences,
+    direction,
+    ending_sentence,
+    published_parts,
+    sentences,
+    write_report,
+    write_top_page,
+)
 from utils.summary import summarize
 
 ROOT = Path(__file__).parents[1]
@@ -144,6 +153,25 @@ def test_claims_the_other_way_round_and_equal(tmp_path: Path) -> None:
     assert check(Claim("", "with_std", ">", "others"), settings) == "**not to be judged**: no seed in common"
     assert check(Claim("", "with_std", "collapses"), settings) == "**no**: 0 of 2 seeds"
     assert check(Claim("", "with_std", ">", "without_std", "train/entropy"), settings) is None
+
+
+def test_what_was_expected_but_not_published_is_judged_too(tmp_path: Path) -> None:
+    for seed, gap in ((1, 0.10), (2, 0.11)):
+        write_run(tmp_path / "float32_1e-5" / f"seed_{seed}", [0.4, *[0.6] * 5])
+        write_run(tmp_path / "bfloat16_1e-5" / f"seed_{seed}", [0.4, *[0.6 - gap] * 5])
+    table, note = published_parts(find_ablation("tiny/precision"), runs_in(tmp_path))
+    assert table == (
+        "| expected | here |\n|---|---|\n"
+        "| at 1e-5 float32 ends above bfloat16 | **yes**: 0.6 against 0.495, difference 0.105 ± 0.005 |"
+    )
+    assert "half its spacing" in note
+
+
+def test_a_tie_has_no_lowest(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_run(tmp_path / name, [0.2, 0.5])
+    runs = runs_in(tmp_path)
+    assert sentences(runs, summarize(runs)[0])[0].startswith("`a` ends highest, at 0.500; with fewer than two seeds")
 
 
 def test_one_seed_is_not_judged(tmp_path: Path) -> None:

@@ -168,7 +168,13 @@ ABLATIONS = {
     ),
     "precision": Ablation(
         "At which learning rate does each precision of weights and optimizer state stop learning?",
+        claims=tuple(
+            Claim(f"at {rate} float32 ends above bfloat16", f"float32_{rate}", ">", f"bfloat16_{rate}")
+            for rate in ("1e-5", "3e-5", "1e-4", "3e-4")
+        ),
         also_drawn=(MOVED, SAMPLER_KL),
+        note="A bfloat16 weight stays where it is when an update is below half its spacing; "
+        "`train/frac_weights_moved` is the share that moved in a step.",
     ),
 }
 

@@ -147,7 +147,7 @@ def sentences(runs: Sequence[Run], summaries: Sequence[Summary]) -> list[str]:
     first = f"`{best.name}` ends highest, at {best.last}"
     if like:
         first += f", from which {listed(like)} {CANNOT_TELL}"
-    if len(ranked) > 1 and lowest.name not in like:
+    if lowest.name not in like and str(lowest.last) != str(best.last):
         first += f"; `{lowest.name}` ends lowest, at {lowest.last}"
     if unjudged:
         first += f"; with fewer than two seeds in common, {listed(unjudged)} cannot be judged against it"
@@ -179,12 +179,12 @@ def listed(names: Sequence[str]) -> str:
 
 
 def published_parts(ablation: Ablation, runs: Sequence[Run]) -> list[str]:
-    """The published outcome, and a row for each claim in it that these runs can be held against."""
-    if not ablation.published:
-        return []
+    """The published outcome, and a row for each claim that these runs can be held against: its own, or ours to test."""
     rows = [(claim.text, verdict) for claim in ablation.claims if (verdict := check(claim, by_setting(runs)))]
-    table = "\n".join(["| published | here |", "|---|---|", *(f"| {text} | {verdict} |" for text, verdict in rows)])
-    return ["## Published, and here", f"{ablation.published} ({SOURCE})", *([table] if rows else []), ablation.note]
+    head = "published" if ablation.published else "expected"
+    table = "\n".join([f"| {head} | here |", "|---|---|", *(f"| {text} | {verdict} |" for text, verdict in rows)])
+    parts = ["## Published, and here", f"{ablation.published} ({SOURCE})"] if ablation.published else []
+    return [*parts, *([table] if rows else []), ablation.note]
 
 
 def check(claim: Claim, settings: dict[str, list[Run]]) -> str | None:
