@@ -65,8 +65,13 @@ def parse_arguments() -> argparse.Namespace:
     add("--new-tokens", type=int, default=64, help="tokens a response (64)")
     add("--batch-size", type=int, default=256, help="sequences that transformers samples at once (256)")
     add("--gpu-memory-utilization", type=float, default=0.4, help="share of the GPU for vLLM (0.4)")
-    add("--output", type=Path, default=Path("results/engines"), help="folder to write (results/engines)")
+    add("--output", type=Path, default=Path("runs/bench/engines"), help="folder to write (runs/bench/engines)")
     arguments = parser.parse_args()
+    counts = {"--prompt-tokens": arguments.prompt_tokens, "--new-tokens": arguments.new_tokens}
+    counts |= {"--batch-size": arguments.batch_size, "--sequences": min(arguments.sequences)}
+    for option, count in counts.items():
+        if count < 1:
+            parser.error(f"{option} {count}: at least 1")
     if wrong := [count for count in arguments.sequences if count % GROUP_SIZE]:
         parser.error(f"--sequences {wrong[0]} is not a multiple of the group size {GROUP_SIZE}")
     return arguments

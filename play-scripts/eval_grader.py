@@ -11,7 +11,6 @@ clock starts. Math-Verify runs as its README shows, in one killable process with
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import resource
 import time
@@ -20,6 +19,7 @@ from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from utils.dataset import read_rows
 from utils.grader import Grader
 
 Pair = tuple[str, str]
@@ -75,8 +75,20 @@ class MathVerify:
         self.connection.close()
 
 
-def read_rows(paths: Iterable[Path]) -> list[dict]:
-    return [json.loads(line) for path in paths for line in path.read_text().splitlines() if line.strip()]
+def read_labelled(paths: Iterable[Path], labelled: bool) -> list[dict]:
+    """Rows with `truth` and `prediction`, and `match` where `labelled`. Raises ValueError with file and line."""
+    kinds = {"truth": str, "prediction": str} | ({"match": bool} if labelled else {})
+    rows = []
+    for path in paths:
+        for line_number, row in read_rows(path):
+            for key, kind in kinds.items():
+                if key not in row:
+                    raise ValueError(f"{path}:{line_number}: no `{key}` among the keys {sorted(row)}")
+                if not isinstance(row[key], kind):
+                    expected = "a text" if kind is str else "true or false"
+                    raise ValueError(f"{path}:{line_number}: `{key}` should be {expected}, not {row[key]!r:.80}")
+            rows.append(row)
+    return rows
 
 
 def table_row(name: str, rows: list[dict], verdicts: list[bool], seconds: float) -> str:
@@ -144,9 +156,10 @@ def main() -> None:
     args = parser.parse_args()
     if not args.pairs and not args.hostile:
         parser.error("nothing to grade: give --pairs, --hostile or both")
-    if missing := [str(path) for path in (*args.pairs, *args.hostile) if not path.is_file()]:
-        parser.error(f"no such file: {', '.join(missing)}")
-    pairs, hostile = read_rows(args.pairs), read_rows(args.hostile)
+    try:
+        pairs, hostile = read_labelled(args.pairs, labelled=True), read_labelled(args.hostile, labelled=False)
+    except ValueError as error:
+        parser.error(str(error))
 
     with Grader(workers=args.workers) as grader:
         if pairs:

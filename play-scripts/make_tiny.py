@@ -29,6 +29,7 @@ TEMPLATE = Path(__file__).parents[1] / "data" / "tiny.prompt"
 
 def make(options: argparse.Namespace) -> None:
     """Build the folder under another name, then rename it: a folder of that name is always whole."""
+    check_options(options)
     output = Path(options.output)
     if is_there(output, recipe(options), options.force):
         print(f"{output} is already there; --force makes it again")
@@ -60,6 +61,23 @@ def make(options: argparse.Namespace) -> None:
     print(
         f"wrote {output}: {len(training_problems)} training and {len(validation_problems)} validation problems, model/"
     )
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Raise ValueError for options that can't be, with what would be right."""
+    for name in ("steps", "demonstrations_each"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)} should be 1 or more")
+    for name in ("share_wrong", "share_malformed"):
+        if not 0 <= getattr(options, name) <= 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)} should be from 0 to 1")
+    n_operands = tiny.LARGEST_OPERAND + 1
+    most = n_operands * (n_operands + 1) // 2 - 1  # one pair at least is left to train on
+    if not 1 <= options.validation_pairs <= most:
+        raise ValueError(f"--validation-pairs {options.validation_pairs} should be from 1 to {most}")
+    for step in options.save_at:
+        if not 1 <= step <= options.steps:
+            raise ValueError(f"--save-at {step} is not one of the {options.steps} --steps")
 
 
 def recipe(options: argparse.Namespace) -> dict:

@@ -13,6 +13,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 
 from utils.history import load_runs
@@ -61,6 +62,10 @@ def main() -> int:
     complaints += said
     labels = dict(label.split("=", 1) for label in arguments.label)
     options = {"axis": arguments.x, "window": arguments.smooth, "labels": labels, "title": arguments.title}
+    logged = {metric for run in ours + published for metric in run.curves}
+    for metric in arguments.metrics:
+        if metric not in logged and (near := get_close_matches(metric, logged, n=1)):
+            complaints.append(f"--metrics {metric}: did you mean {near[0]}?")
     figure = None
     try:
         figure, said = draw_figure({"ours": ours, "published": published}, arguments.metrics, **options)

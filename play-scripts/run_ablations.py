@@ -32,11 +32,12 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from utils.ablation_jobs import ENDED, Job, Progress, copy, find_topics, finish, plan, start
+from utils.ablation_jobs import ENDED, Job, copy, find_topics, finish, plan, progress_of, start
 from utils.ending import SignalHandler, Status
 from utils.report import write_report, write_top_page
 from utils.summary import format_time
 
+FRAME = 7  # lines of the table that are no rows: borders, header, captions
 STYLES = {"failed": "red", "collapsed": "yellow", "running": "dim"}
 
 
@@ -67,7 +68,7 @@ def run_all(jobs: Sequence[Job], at_once: int, stop: Stop, console: Console) -> 
             while going:
                 going = advance(jobs, at_once, stop, console)
                 if console.is_terminal:
-                    live.update(table(jobs, at_once, stop))
+                    live.update(table(jobs, at_once, stop, console.height - FRAME))
                 time.sleep(0.3)
     finally:  # an error in this process leaves none of the others behind
         for job in jobs:
@@ -98,15 +99,23 @@ def announce(console: Console, job: Job) -> None:
     console.print(escape(text), style=STYLES.get(job.state, ""), soft_wrap=True)
 
 
-def table(jobs: Sequence[Job], at_once: int, stop: Stop) -> Table:
-    """The runs that are running, and below them how many are not, and how long all will take."""
-    running = [(job, Progress(job)) for job in jobs if job.state == "running"]
-    shown = Table("run", "step", "reward", "time left")
-    for job, progress in running:
+def table(jobs: Sequence[Job], at_once: int, stop: Stop, n_rows: int) -> Table:
+    """The runs that are running, then those that have ended, as far as rows last; below, how many there are and how
+    long all will take.
+    """
+    running = [(job, progress_of(job)) for job in jobs if job.state == "running"]
+    ended = [job for job in jobs if job.state not in ("waiting", "running")]
+    n_hidden = max(0, min(len(ended), len(running) + len(ended) - n_rows))
+    shown = Table("run", "step", "reward", "state", "time left")
+    for job, progress in running + [(job, progress_of(job)) for job in ended[n_hidden:]]:
         reward = "–" if progress.reward is None else f"{progress.reward:.3f}"
-        shown.add_row(str(job), f"{progress.step}/{progress.n_steps}", reward, format_time(progress.seconds_left))
+        is_running = job.state == "running"
+        time_left = format_time(progress.seconds_left) if is_running else ""
+        style = "" if is_running else STYLES.get(job.state, "")
+        shown.add_row(str(job), f"{progress.step}/{progress.n_steps}", reward, job.state, time_left, style=style)
     counts = Counter(job.state for job in jobs if job.state != "running")
     captions = [", ".join(f"{n} {state}" for state, n in sorted(counts.items()))]
+    captions += [f"{n_hidden} that ended not shown"] if n_hidden else []
     paces = [progress.pace for _, progress in running if progress.pace is not None]
     if stop.count:
         captions.append("stopping: the runs save; Ctrl-C once more ends them at once")

@@ -19,6 +19,8 @@ from utils.history import load_runs
 from utils.summary import HEADER, markdown_table, summarize
 from utils.tracker import fetch_wandb_runs
 
+WIDEST = 10_000  # characters
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -40,7 +42,8 @@ def main() -> int:
         table = Table(*HEADER, title=arguments.metric)
         for summary in summaries:
             table.add_row(*summary.cells())
-        Console(highlight=False).print(table)
+        # a file or a pipe has no edge to cut names at
+        Console(highlight=False, width=None if sys.stdout.isatty() else WIDEST).print(table)
     return 0 if summaries else 2
 
 

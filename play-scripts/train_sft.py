@@ -20,7 +20,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from configs.defaults import Training
 from utils.dataset import ProblemStream, read_rows
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+Loaded = TypeVar("Loaded")
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}  # our names: transformers'
 
 
@@ -59,8 +60,10 @@ def load_demonstrations(
     for line_number, row in read_rows(path):
         n_rows += 1
         for key in ("prompt", "response"):
-            if not isinstance(row.get(key), str) or not row[key]:
-                raise ValueError(f"{path}:{line_number}: `{key}` should be a text, not {json.dumps(row.get(key))[:80]}")
+            if key not in row:
+                raise ValueError(f"{path}:{line_number}: no `{key}` among the keys {sorted(row)}")
+            if not isinstance(row[key], str) or not row[key]:
+                raise ValueError(f"{path}:{line_number}: `{key}` should be a text, not {json.dumps(row[key])[:80]}")
         prompt_ids = tokenizer(row["prompt"], verbose=False).input_ids
         response_ids = tokenizer(row["response"], add_special_tokens=False, verbose=False).input_ids
         demonstration = Demonstration(tuple(prompt_ids), (*response_ids, tokenizer.eos_token_id))
@@ -173,7 +176,7 @@ def run(options: argparse.Namespace) -> None:
     check_options(options, output)
     from utils.policy import load_policy, load_tokenizer
 
-    tokenizer = load_tokenizer(options.model)
+    tokenizer = load(load_tokenizer, options.model)
     demonstrations, n_left_out = load_demonstrations(options.data, tokenizer, options.max_tokens)
     print(
         f"{len(demonstrations)} demonstrations ({n_left_out} longer than {options.max_tokens} tokens left out), "
@@ -190,7 +193,7 @@ def run(options: argparse.Namespace) -> None:
         use_gradient_checkpointing=options.use_gradient_checkpointing,
         use_bnb_adamw8bit=False,
     )
-    policy = load_policy(options.model, training)
+    policy = load(load_policy, options.model, training)
     output.mkdir(parents=True, exist_ok=True)
     (output / "options.json").write_text(json.dumps(vars(options), indent=2) + "\n")
     steps = train(policy, demonstrations, training, options.steps, options.schedule, options.warmup_steps)
@@ -203,11 +206,21 @@ def run(options: argparse.Namespace) -> None:
     print(f"wrote {', '.join(str(output / name) for name in [*(f'step_{n}' for n in options.save_at), 'final'])}")
 
 
+def load(loader: Callable[..., Loaded], model: str, *arguments: object) -> Loaded:
+    """What a loader of `utils.policy` makes of --model, which its ValueErrors would call a field of a run's config."""
+    try:
+        return loader(model, *arguments)
+    except ValueError as error:
+        raise ValueError(str(error).replace("paths.model_path = ", "--model ")) from error
+
+
 def check_options(options: argparse.Namespace, output: Path) -> None:
     """Raise ValueError for options that can't be, with what would be right."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"--output {output} already holds something; choose another folder or delete it")
-    if is_local(options.model) and not (Path(options.model) / "config.json").is_file():
+    model = Path(options.model)
+    beside_others = len(model.parts) == 2 and model.parent.is_dir()  # data/nope: a slip, not a name on the hub
+    if (is_local(options.model) or beside_others) and not (model / "config.json").is_file():
         raise ValueError(f"--model {options.model}: no config.json there; give a checkpoint folder or a hub name")
     for name in ("steps", "batch_size", "gradient_accumulation_steps", "max_tokens"):
         if getattr(options, name) < 1:

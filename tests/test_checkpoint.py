@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import errno
 import itertools
 import json
 import multiprocessing
@@ -18,6 +19,7 @@ import bitsandbytes
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
@@ -291,6 +293,7 @@ def test_a_disk_that_refuses_at_any_point_keeps_the_old_checkpoint(tmp_path, tok
     assert (1 + adam) * weights <= second.needed_bytes <= (1 + adam) * weights + 10_000
     assert second.free_bytes > 0
     assert "GRPO step 2 was not saved" in str(second)
+    assert str(second).endswith(f"{tmp_path / 'run' / 'step_000001'} stands")  # EFBIG: no space would help
     assert third is None
     assert after is None
     assert names(tmp_path / "run") == ["last", "step_000003"]
@@ -305,6 +308,27 @@ def test_too_little_space_is_seen_before_anything_is_written(tmp_path, tokenizer
     failure = checkpoints.save(TrainState(grpo_step=1), policy, tokenizer, optimizer)
     assert failure.free_bytes == 1000
     assert "not enough space" in str(failure)
+    assert str(failure).endswith("No checkpoint was saved before; free some space, or lower checkpoint_keep")
+
+
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), True),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), True),
+        (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), True),
+        (SafetensorError("Error while serializing: I/O error: File too large (os error 27)"), False),
+        (OSError(errno.EACCES, "Permission denied"), False),
+    ],
+)
+def test_only_a_full_disk_comes_with_the_advice_to_free_space(tmp_path, tokenizer, monkeypatch, error, full):
+    def refused(*_):
+        raise error
+
+    policy, optimizer = parts()
+    monkeypatch.setattr(checkpoint, "_write", refused)
+    failure = Checkpoints(tmp_path, keep=1).save(TrainState(grpo_step=1), policy, tokenizer, optimizer)
+    assert ("free some space" in str(failure)) == full
 
 
 def test_a_tensor_file_with_code_in_it_is_refused(tmp_path, tokenizer):

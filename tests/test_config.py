@@ -181,6 +181,18 @@ def test_a_file_of_another_kind_is_told_in_one_line(tmp_path: Path) -> None:
     [
         ("training.seed", "'training.seed' is no override; write section.field=value"),
         ("training.sede=1", "command line: unknown key 'training.sede'; did you mean 'training.seed'"),
+        ("training.lr=1", "did you mean 'training.learning_rate'"),
+        ("training.model=x", "did you mean 'paths.model_path'"),
+        ("vllm.group_size=4", "did you mean 'training.group_size'"),
+        ("vllm.dtyp=float16", "did you mean 'vllm.dtype'"),  # training.dtype is as like but for the section
+        ("training.kl_coef=0.1", "unknown key 'training.kl_coef'; --help lists the keys$"),
+        ("training.eval_interval=0", r"eval_interval = 0 \(command line\): must be at least 1; null is never$"),
+        ("training.max_hours=0", r"max_hours = 0.0 \(command line\): must be more than 0.0; null is off$"),
+        ("training.group_size=0", r"group_size = 0 \(command line\): must be at least 1$"),
+        ("training.stop=foo", r"takes list\[str\], for example training.stop='\[foo\]'$"),
+        ("training.extra_rewards=gsm8k", r"takes dict\[str, float\], for example .*='\{gsm8k: 0.5\}'$"),
+        ("training.extra_rewards={foo:1}", r"space after the colon, for example .*extra_rewards='\{foo: 1\}'$"),
+        ("training.reward_fn=zzz", "no reward function 'zzz'; there are: r1_zero, "),
         ("training.use_compile=maybe", r"command line: .* takes bool"),
         ("training.learning_rate=null", r"learning_rate = None has the wrong type"),
         ("training.stop=[a", r"is not valid YAML"),

@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
 import resource
+import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -48,6 +51,7 @@ def test_a_full_disk_costs_checkpoints_but_not_the_run(world, tmp_path):
         return [text for text in warnings if "was not saved" in text]
 
     wait_for(process, lambda: len(failures()) >= 3)
+    assert len({text.split(" was not")[0] for text in failures()}) == len(failures())  # once for a step
     assert load_file(checkpoints / "last" / "model.safetensors")
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (hard, hard))
     process.join()
@@ -71,6 +75,41 @@ def test_a_disk_full_to_the_end_is_no_success(world, tmp_path):
     assert "GRPO step 6 was not saved" in printed_file(output).read_text()
     assert finish([*arguments(world, output), "--resume"]) == Status.FINISHED
     assert int((output / "checkpoints" / "last").readlink().name[-6:]) == N_STEPS
+
+
+def test_a_damaged_checkpoint_is_named_and_without_it_the_run_goes_on_from_the_one_before(world, reference, tmp_path):
+    output = tmp_path / "run"
+    assert finish(arguments(world, output)) == Status.FINISHED
+    newest, older = (output / "checkpoints" / f"step_{step:06d}" for step in (N_STEPS, N_STEPS - 1))
+    whole = (newest / "model.safetensors").read_bytes()
+    for damaged in (b"\0" * len(whole), whole[: len(whole) // 2], b""):  # a wrong header, a cut file, an empty one
+        (newest / "model.safetensors").write_bytes(damaged)
+        assert finish([*arguments(world, output), "--resume"]) == Status.USER_MISTAKE
+        (*_, told) = printed_file(output).read_text().splitlines()
+        assert told.startswith(f"error: the checkpoint {newest} is damaged")
+        assert told.endswith(f"delete that folder, and --resume goes on from {older}")
+    shutil.rmtree(newest)
+    assert finish([*arguments(world, output), "--resume"]) == Status.FINISHED
+    assert_equal_runs(output, reference)
+
+
+def test_a_signal_before_the_first_step_is_done_has_nothing_to_save(world, tmp_path):
+    output = tmp_path / "run"
+
+    def interrupt() -> None:
+        original = transformers_engine.TransformersEngine.generate
+
+        def generate(self, *args, **options):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return original(self, *args, **options)
+
+        transformers_engine.TransformersEngine.generate = generate
+
+    assert finish(arguments(world, output), interrupt) == Status.STOPPED_BY_SIGNAL
+    assert not (output / "checkpoints").exists()
+    printed = printed_file(output).read_text()
+    assert "a save of the steps done, if any" in printed
+    assert "the same command with --resume, to begin anew" in printed
 
 
 def spoil_log_probs(grpo_step: int) -> None:

@@ -352,6 +352,8 @@ def test_plotting_says_what_it_wrote_and_what_it_replaced(tmp_path: Path) -> Non
     for word in ("wrote", "replaced"):
         done = run_script("plot_runs.py", tmp_path / "run", "--metrics", "eval/reward")
         assert done.stdout.splitlines() == [f"{word} {tmp_path / 'run' / f'curves.{kind}'}" for kind in ("png", "svg")]
+    slip = run_script("plot_runs.py", tmp_path / "run", "--metrics", "evl/reward")
+    assert slip.returncode == 2 and "--metrics evl/reward: did you mean eval/reward?" in slip.stderr
     done = run_script("plot_runs.py", tmp_path / "run", "--out", tmp_path / "run" / "metrics.jsonl" / "figure")
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
     assert "cannot be written" in done.stderr
@@ -436,6 +438,11 @@ def test_summarize_script(tmp_path: Path) -> None:
     assert done.stdout.splitlines()[2] == "| a | 1 | 0.750 | 0.500 | 2 | 20 s | finished |"
     assert "nowhere: no such file or folder" in done.stderr
     assert run_script("summarize_runs.py", tmp_path / "nowhere").returncode == 2
+    names = [f"{'long_' * 30}{i}" for i in range(2)]
+    for name in names:
+        write_run(tmp_path / name, [0.25])
+    piped = run_script("summarize_runs.py", tmp_path).stdout
+    assert [line.split()[1] for line in piped.splitlines() if "long_" in line] == names
     unknown = run_script("summarize_runs.py", tmp_path, "--metric", "eval/rewrad")
     assert unknown.returncode == 2
     assert "--metric eval/rewrad: no run has it; they have eval/reward" in unknown.stderr

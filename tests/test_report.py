@@ -171,7 +171,7 @@ def test_a_tie_has_no_lowest(tmp_path: Path) -> None:
     for name in ("a", "b"):
         write_run(tmp_path / name, [0.2, 0.5])
     runs = runs_in(tmp_path)
-    assert sentences(runs, summarize(runs)[0])[0].startswith("`a` ends highest, at 0.500; with fewer than two seeds")
+    assert sentences(runs, summarize(runs)[0])[0].startswith("`a` ends highest, at 0.350; with fewer than two seeds")
 
 
 def test_one_seed_is_not_judged(tmp_path: Path) -> None:

@@ -284,6 +284,18 @@ def test_a_damaged_status_is_no_ending(world: Path) -> None:
     assert jobs_of(world, "a", overrides=("guard.action=warn",))[0].state == "waiting"
 
 
+@pytest.mark.parametrize("status", ["finished", "collapsed", "interrupted"])
+def test_a_run_of_more_steps_is_another_one(world: Path, status: str) -> None:
+    add_config(world, "a/x")
+    folder = world / "runs" / "a" / "x" / "seed_1337"
+    folder.mkdir(parents=True)
+    (folder / "status.json").write_text(json.dumps({"status": status, "grpo_step": 5}))
+    complaint = r"another config \(training.n_grpo_steps: it has taken 5, asked for 2\): move it away"
+    with pytest.raises(ValueError, match=complaint):
+        jobs_of(world, "a", overrides=("training.n_grpo_steps=2",))
+    assert len(jobs_of(world, "a", overrides=("training.n_grpo_steps=5",))) == 1
+
+
 def test_progress_by_hand(world: Path) -> None:
     add_config(world, "a/x")
     (job,) = jobs_of(world, "a")
@@ -295,6 +307,30 @@ def test_progress_by_hand(world: Path) -> None:
     progress = Progress(job)
     # 3 s a step over the last twenty, ten of forty steps left
     assert (progress.step, progress.n_steps, progress.reward, progress.seconds_left) == (30, 40, 0.25, 30.0)
+
+
+def test_the_live_table_keeps_what_has_ended(world: Path) -> None:
+    names = ("collapses", "finishes", "runs", "waits")
+    for i, name in enumerate(names):
+        add_config(world, f"a/{name}", f"training: {{learning_rate: {i + 1}e-5}}")
+    jobs = jobs_of(world, "a")
+    for job, state, step in zip(jobs, ("collapsed", "finished", "running"), (7, 40, 12), strict=False):
+        job.folder.mkdir(parents=True)
+        rows = [{"grpo_step": step, "time": 1.0}, {"eval_step": step, "time": 2.0, "eval/reward": step / 100}]
+        (job.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        job.state = state
+    script = runpy.run_path(str(SCRIPT))
+
+    def shown(n_rows: int) -> tuple[list[tuple[str, ...]], str]:
+        table = script["table"](jobs, 1, script["Stop"](), n_rows)
+        return list(zip(*(column.cells for column in table.columns), strict=True)), table.caption
+
+    running = ("a/runs seed 1337", "12/40", "0.120", "running", "–")
+    finished = ("a/finishes seed 1337", "40/40", "0.400", "finished", "")
+    collapsed = ("a/collapses seed 1337", "7/40", "0.070", "collapsed", "")
+    assert shown(20) == ([running, collapsed, finished], "1 collapsed, 1 finished, 1 waiting")
+    assert shown(2) == ([running, finished], "1 collapsed, 1 finished, 1 waiting; 1 that ended not shown")
+    assert shown(-3)[0] == [running]
 
 
 def test_topics(tmp_path: Path) -> None:

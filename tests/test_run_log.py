@@ -277,6 +277,8 @@ with RunLog(Path(sys.argv[1]), n_grpo_steps=3) as log:
     for step in (1, 2, 3):
         log.train_step(step, {"train/reward": step / 4})
     log.evaluation(3, {"eval/reward": 0.875})
+    log.end_progress()
+    log.note("what to try next")
 """
     master, slave = pty.openpty()
     env = os.environ | {"TERM": "xterm", "COLUMNS": "120"}
@@ -295,10 +297,10 @@ with RunLog(Path(sys.argv[1]), n_grpo_steps=3) as log:
     assert child.wait() == 0
     text = shown.decode()
     assert "step 2/3  reward 0.500" in text
-    last_bar = text[text.rindex("eval reward 0.875") :]
-    assert "3/3" in last_bar
-    assert "left" in last_bar
-    assert text.rstrip().endswith("\x1b[?25h")  # the cursor is back
+    bars, _, ending = text[text.rindex("eval reward 0.875") :].partition("\x1b[?25h")  # the cursor is back
+    assert "3/3" in bars
+    assert "left" in bars
+    assert " ".join(ending.split()) == "what to try next"  # below the bar, and nothing after it
 
 
 class FakeWandb(types.ModuleType):

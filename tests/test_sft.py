@@ -123,7 +123,8 @@ def test_long_demonstrations_are_counted_and_left_out(data: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "complaint"),
     [
-        ('{"prompt": "a"}', "d.jsonl:2: `response` should be a text, not null"),
+        ('{"prompt": "a"}', "d.jsonl:2: no `response` among the keys \\['prompt'\\]"),
+        ('{"prompt": "a", "response": null}', "d.jsonl:2: `response` should be a text, not null"),
         ('{"prompt": ["a"], "response": "b"}', 'd.jsonl:2: `prompt` should be a text, not \\["a"\\]'),
         ('{"prompt": "a", "response": ""}', 'd.jsonl:2: `response` should be a text, not ""'),
         ("{", "d.jsonl:2: not JSON"),
@@ -169,12 +170,17 @@ def test_the_command(tmp_path: Path, data: Path, tiny_model_dir: Path) -> None:
         (("--learning-rate", 0), "--learning-rate 0.0 should be above 0"),
         (("--batch-size", 0), "--batch-size 0 should be 1 or more"),
         (("--model", "./missing"), "--model ./missing: no config.json there"),
+        (("--model", "models/missing"), "--model models/missing: no config.json there"),
+        (("--model", "models/broken"), "--model 'models/broken': cannot load a tokenizer"),
         (("--data", "missing.jsonl"), "missing.jsonl: no such file"),
     ],
 )
 def test_mistakes_are_one_line(
     tmp_path: Path, data: Path, tiny_model_dir: Path, capsys, monkeypatch, changes: tuple, complaint: str
 ) -> None:
+    (tmp_path / "models" / "broken").mkdir(parents=True)
+    (tmp_path / "models" / "broken" / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
     common = ("--model", tiny_model_dir, "--data", data, "--output", tmp_path / "out", "--batch-size", 4, "--steps", 10)
     monkeypatch.setattr(sys, "argv", ["train_sft.py", *map(str, (*common, *changes))])
     assert train_sft.run_command(train_sft.build_parser(), train_sft.run) == Status.USER_MISTAKE

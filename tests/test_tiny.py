@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import random
 import re
+import runpy
 import subprocess
 import sys
 from collections import Counter
@@ -143,6 +144,32 @@ def test_make_tiny(tmp_path: Path) -> None:
     forced = make_tiny(*options, "--force")
     assert forced.returncode == 0, forced.stderr
     assert contents(output) == made, "the same options give the same bytes"
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (("--share-wrong", "1.5"), "--share-wrong 1.5 should be from 0 to 1"),
+        (("--share-wrong", "-3"), "--share-wrong -3.0 should be from 0 to 1"),
+        (("--share-malformed", "nan"), "--share-malformed nan should be from 0 to 1"),
+        (("--steps", "0"), "--steps 0 should be 1 or more"),
+        (("--demonstrations-each", "0"), "--demonstrations-each 0 should be 1 or more"),
+        (("--validation-pairs", "0"), "--validation-pairs 0 should be from 1 to 1274"),
+        (("--validation-pairs", "1275"), "--validation-pairs 1275 should be from 1 to 1274"),
+        (("--steps", "3", "--save-at", "4"), "--save-at 4 is not one of the 3 --steps"),
+    ],
+)
+def test_make_tiny_refuses_what_cannot_be(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, options: tuple, complaint: str
+) -> None:
+    (tmp_path / "options.json").write_text("{}")  # what an earlier call made, which --force would replace
+    monkeypatch.syspath_prepend(REPOSITORY / "play-scripts")
+    script = runpy.run_path(str(REPOSITORY / "play-scripts" / "make_tiny.py"))
+    monkeypatch.setattr(sys, "argv", ["make_tiny.py", "--output", str(tmp_path), "--force", *options])
+    assert script["run_command"](script["build_parser"](), script["make"]) == 2
+    assert capsys.readouterr().err == f"make_tiny.py: {complaint}\n"
+    assert contents(tmp_path) == {"options.json": b"{}"}
+    assert not tmp_path.with_name(tmp_path.name + ".tmp").exists()
 
 
 def test_make_tiny_leaves_a_folder_of_others_alone(tmp_path: Path) -> None:

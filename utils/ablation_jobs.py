@@ -48,6 +48,7 @@ class Job:
     state: str = "waiting"  # then running, then how it ended
     detail: str = ""
     process: subprocess.Popen | None = None
+    ended_at: Progress | None = None  # how far it came, kept so that its metrics are not read again
 
     @property
     def folder(self) -> Path:
@@ -134,20 +135,23 @@ def identity(config: Config) -> str:
 def standing(job: Job) -> str:
     """How the run in the job's folder ended, or "waiting" where there is something left to do.
 
-    Raises ValueError where the folder holds a run of another config.
+    Raises ValueError where the folder holds a run of another config, or one that has taken more steps.
     """
     saved = job.folder / "config.yaml"
     changed = changed_fields(load_config([saved]), job.config) if saved.exists() else []
+    state, n_steps = "waiting", job.config.training.n_grpo_steps
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a damaged file: the run is resumed
+        row = json.loads((job.folder / STATUS_FILE).read_text())
+        if row["grpo_step"] > n_steps:
+            changed.append(f"training.n_grpo_steps: it has taken {row['grpo_step']}, asked for {n_steps}")
+        done = row["status"] == "finished" and row["grpo_step"] >= n_steps
+        if done or (row["status"] == "collapsed" and job.config.guard.action == "stop"):
+            state = row["status"]
     if changed:
         raise ValueError(
             f"{job.folder} holds a run of another config ({'; '.join(changed)}): move it away, or give another --runs"
         )
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a damaged file: the run is resumed
-        row = json.loads((job.folder / STATUS_FILE).read_text())
-        done = row["status"] == "finished" and row["grpo_step"] >= job.config.training.n_grpo_steps
-        if done or (row["status"] == "collapsed" and job.config.guard.action == "stop"):
-            return row["status"]
-    return "waiting"
+    return state
 
 
 def start(job: Job) -> None:
@@ -203,6 +207,14 @@ def copy(job: Job) -> None:
             shutil.copyfile(original.folder / name, job.folder / name)
     status = json.loads((original.folder / STATUS_FILE).read_text())
     write_atomically(job.folder / STATUS_FILE, json.dumps({**status, "same_as": original.setting}) + "\n")
+
+
+def progress_of(job: Job) -> Progress:
+    """How far a job is, or came."""
+    if job.state == "running":
+        return Progress(job)
+    job.ended_at = job.ended_at or Progress(job)
+    return job.ended_at
 
 
 class Progress:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
 
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from configs.defaults import Config
@@ -53,7 +56,8 @@ def assemble(
     train_prompts, notes = load_prompts(config, config.paths.train_data_file, tokenizer)
     validation_prompts, more_notes = load_prompts(config, config.paths.val_data_file, tokenizer)
     longest_prompt = max(len(prompt.token_ids) for prompt in (*train_prompts, *validation_prompts))
-    policy, optimizer, engine = build_learner(config, model_path, tokenizer, longest_prompt)
+    with telling_of_damage(checkpoint):
+        policy, optimizer, engine = build_learner(config, model_path, tokenizer, longest_prompt)
     stop.install()  # vLLM and others may have put handlers of their own in place
 
     problem_stream, guard, advisor = ProblemStream(train_prompts, t.seed), CollapseGuard(config), Advisor(config)
@@ -101,6 +105,21 @@ def build_learner(
         try_longest_microbatch(policy, t, longest_prompt)
         engine.update_weights(policy)
     return policy, optimizer, engine
+
+
+@contextlib.contextmanager
+def telling_of_damage(checkpoint: Path | None) -> Iterator[None]:
+    """Names the checkpoint of the run whose weights cannot be read, and what there is to go on from without it."""
+    try:
+        yield
+    except ValueError as error:
+        if checkpoint is None or not isinstance(error.__cause__, SafetensorError):
+            raise
+        older = max((path for path in checkpoint.parent.glob("step_*") if path.name < checkpoint.name), default=None)
+        then = f"goes on from {older}" if older else "begins anew"
+        raise ConfigError(
+            f"the checkpoint {checkpoint} is damaged ({error.__cause__}); delete that folder, and --resume {then}"
+        ) from error
 
 
 def restore(

@@ -7,6 +7,7 @@ kill at any instant leaves the checkpoints that were there before.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -48,18 +49,22 @@ class TrainState:
 
 @dataclass(frozen=True)
 class SaveFailure:
-    """A save that failed. The checkpoints that were there before still stand."""
+    """A save that failed. The checkpoints that were there before still stand; `newest` is the newest of them."""
 
     grpo_step: int
     reason: str
     needed_bytes: int
     free_bytes: int
+    newest: Path | None
+    disk_full: bool
 
     def __str__(self) -> str:
         needed, free = self.needed_bytes / 2**20, self.free_bytes / 2**20
+        stands = f"{self.newest} stands" if self.newest else "No checkpoint was saved before"
+        remedy = "; free some space, or lower checkpoint_keep" if self.disk_full else ""
         return (
             f"the checkpoint of GRPO step {self.grpo_step} was not saved: {self.reason}. It needs about {needed:,.1f} "
-            f"MiB; {free:,.1f} MiB are free. Older checkpoints stand. Free some space, or lower checkpoint_keep"
+            f"MiB; {free:,.1f} MiB are free. {stands}{remedy}"
         )
 
 
@@ -117,7 +122,7 @@ class Checkpoints:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 _flush(self.folder.parent)
                 if needed > shutil.disk_usage(self.folder).free:
-                    raise OSError("not enough space on the disk")
+                    raise OSError(errno.ENOSPC, "not enough space on the disk")
                 _write(aside, state, policy, tokenizer, optimizer, is_best)
                 aside.rename(final)
             self._update_links()
@@ -126,7 +131,9 @@ class Checkpoints:
             self._remove_leftovers()
             there = next(path for path in (self.folder, *self.folder.parents) if path.exists())
             free = shutil.disk_usage(there).free
-            self.failure = SaveFailure(state.grpo_step, str(error), needed, free)
+            self.failure = SaveFailure(
+                state.grpo_step, str(error), needed, free, newest=self.newest(), disk_full=_means_full_disk(error)
+            )
         return self.failure
 
     def load(self, path: Path, optimizer: torch.optim.Optimizer) -> TrainState:
@@ -182,10 +189,19 @@ def _write(folder: Path, state: TrainState, policy: Any, tokenizer: Any, optimiz
             torch.save(optimizer.state_dict(), file)
     except RuntimeError as error:
         if isinstance(error.__context__, OSError):  # torch's zip writer stumbles over a refused write, and hides it
-            raise OSError(f"{OPTIMIZER_FILE}: {error.__context__}") from error
+            cause = error.__context__
+            raise OSError(cause.errno, f"{OPTIMIZER_FILE}: {cause.strerror or cause}") from error
         raise
     for path in [*folder.rglob("*"), folder]:
         _flush(path)
+
+
+def _means_full_disk(error: OSError | SafetensorError) -> bool:
+    """Whether space, or the user's share of it, ran out; safetensors tells the number in its text alone."""
+    return any(
+        getattr(error, "errno", None) == number or f"(os error {number})" in str(error)
+        for number in (errno.ENOSPC, errno.EDQUOT)
+    )
 
 
 def _write_state(path: Path, state: TrainState, is_best: bool) -> None:

@@ -27,7 +27,8 @@ def closing_lines(output_dir: Path, status: Status) -> list[str]:
         f"  python play-scripts/view_rollouts.py {output_dir}",
         f"  python play-scripts/plot_runs.py {output_dir}",
     ]
-    if (output_dir / "checkpoints/last").exists():
+    saved = (output_dir / "checkpoints/last").exists()
+    if saved:
         commands.insert(0, f"  python play-scripts/evaluate.py {output_dir}/checkpoints/last")
     resume = "  the same command with --resume"
     if status == Status.FINISHED:
@@ -35,7 +36,7 @@ def closing_lines(output_dir: Path, status: Status) -> list[str]:
     elif status in (Status.COLLAPSED, Status.NONFINITE):
         commands.insert(0, "  a lower training.learning_rate in another output_dir, or the best checkpoint as a start")
     else:
-        commands.insert(0, f"{resume}, to go on")
+        commands.insert(0, f"{resume}, to {'go on' if saved else 'begin anew'}")
     if sys.prefix == sys.base_prefix or "VIRTUAL_ENV" not in os.environ:
         commands.insert(0, "  source .venv/bin/activate")
     return [*files, "what to try next:", *commands]

@@ -29,8 +29,7 @@ def load_config(config_files: Iterable[str | Path] = (), overrides: Iterable[str
         try:
             OmegaConf.update(merged, key, value, merge=False)
         except OmegaConfBaseException as error:
-            wanted = fields()[key].type
-            raise ConfigError(f"{origin}: {key} = {value!r} has the wrong type; it takes {wanted}") from error
+            raise ConfigError(f"{origin}: {key} = {value!r} has the wrong type; {_right_type(key, value)}") from error
         origins[key] = origin
     try:
         config = OmegaConf.to_object(merged)
@@ -39,6 +38,21 @@ def load_config(config_files: Iterable[str | Path] = (), overrides: Iterable[str
         raise ConfigError(origin + str(error).splitlines()[0]) from error
     check_config(config, origins)
     return config
+
+
+def _right_type(key: str, value: Any) -> str:
+    """The type that a field takes, with an example where it is written in brackets or braces."""
+    wanted = str(fields()[key].type)
+    values = value if isinstance(value, dict) else {}
+    unspaced = [name for name in values if ":" in str(name) and values[name] is None]
+    if unspaced:
+        name, _, weight = unspaced[0].partition(":")
+        return f"YAML needs a space after the colon, for example {key}='{{{name}: {weight}}}'"
+    if wanted.startswith("list"):
+        return f"it takes {wanted}, for example {key}='[{value if isinstance(value, str) else 'foo'}]'"
+    if wanted.startswith("dict"):
+        return f"it takes {wanted}, for example {key}='{{gsm8k: 0.5}}'"
+    return f"it takes {wanted}"
 
 
 class _QuotingDumper(yaml.SafeDumper):
@@ -140,8 +154,11 @@ def _check_name(key: str, origin: str) -> None:
     if key in known:
         return
     if key in sections():
-        raise ConfigError(f"{origin}: {key} is a section; give its fields, for example {nearest(key + '.', known)}")
-    raise ConfigError(f"{origin}: unknown key {key!r}; did you mean {nearest(key, known)!r}?")
+        example = next(name for name in known if name.startswith(f"{key}."))
+        raise ConfigError(f"{origin}: {key} is a section; give its fields, for example {example}")
+    like = nearest(key, known)
+    remedy = f"did you mean {like!r}?" if like else "--help lists the keys"
+    raise ConfigError(f"{origin}: unknown key {key!r}; {remedy}")
 
 
 def describe_fields() -> str:

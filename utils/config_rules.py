@@ -27,13 +27,22 @@ def fields() -> dict[str, dataclasses.Field]:
     return {f"{name}.{field.name}": field for name, cls in sections().items() for field in dataclasses.fields(cls)}
 
 
-def nearest(key: str, known: Mapping[str, Any]) -> str:
-    """The known name most like `key`; one that differs in its section alone comes first."""
-    last = key.rpartition(".")[2]
-    same_field = [name for name in known if name.endswith(f".{last}")]
-    if same_field:
-        return same_field[0]
-    return max(known, key=lambda name: difflib.SequenceMatcher(None, key, name).ratio())
+LEAST_LIKENESS = 0.6  # of two names; below it a suggestion would be a guess
+
+
+def nearest(key: str, known: Iterable[str]) -> str | None:
+    """The known name most like `key`, None where none is like it. Names are compared without their sections first."""
+
+    def likeness(name: str) -> tuple[float, float]:
+        last, known_last = (text.rpartition(".")[2] for text in (key, name))
+        whole = difflib.SequenceMatcher(None, key, name).ratio()
+        alike = difflib.SequenceMatcher(None, last, known_last).ratio()
+        if len(last) > 1 and last == "".join(word[:1] for word in known_last.split("_")):  # lr for learning_rate
+            alike = 1.0
+        return (alike if "." in key else max(alike, whole)), whole
+
+    best = max(known, key=likeness)
+    return best if likeness(best)[0] >= LEAST_LIKENESS else None
 
 
 def check_config(config: Config, origins: Mapping[str, str] | None = None) -> None:
@@ -48,7 +57,7 @@ def check_config(config: Config, origins: Mapping[str, str] | None = None) -> No
         section, name = key.split(".")
         complaint = _broken_rule(getattr(getattr(config, section), name), field.metadata)
         if complaint:
-            raise ConfigError(f"{named(key)}: {complaint}")
+            raise ConfigError(f"{named(key)}: {complaint}{_what_null_is(field)}")
     for keys, wrong, remedy in _rules_between(config):
         if wrong:
             raise ConfigError(f"{' and '.join(named(key) for key in keys)}: {remedy}")
@@ -72,6 +81,14 @@ def _broken_rule(value: Any, rules: Mapping[str, Any]) -> str | None:
     if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
         return "must be finite"
     return None
+
+
+def _what_null_is(field: dataclasses.Field) -> str:
+    """What a field's doc says of null, for the end of a complaint; nothing where null is not allowed."""
+    if "None" not in str(field.type):
+        return ""
+    told = re.search(r"null\b[^;,]*", field.metadata["doc"])
+    return f"; {told[0] if told else 'null is off'}"
 
 
 def _rules_between(config: Config) -> list[tuple[tuple[str, ...], bool, str]]:
@@ -159,5 +176,6 @@ def _rules_between(config: Config) -> list[tuple[tuple[str, ...], bool, str]]:
 def _reward_rules(key: str, names: Iterable[str]) -> Iterator[tuple[tuple[str, ...], bool, str]]:
     for name in names:
         like = nearest(name, REWARD_FNS)
-        remedy = f"no reward function {name!r}; did you mean {like!r}? There are: {', '.join(REWARD_FNS)}"
+        guess = f"did you mean {like!r}? There" if like else "there"
+        remedy = f"no reward function {name!r}; {guess} are: {', '.join(REWARD_FNS)}"
         yield (key,), name not in REWARD_FNS, remedy

@@ -95,6 +95,7 @@ class Run:
                 reward_curve(output_dir)
             except OSError as error:
                 self.log.warn(f"the reward curve could not be drawn: {error}")
+        self.log.end_progress()
         self.log.note(f"\n{name} after GRPO step {self.state.grpo_step}: {detail}")
         self.log.note("\n".join(closing_lines(output_dir, status)))
         self.log.close(name, detail)
@@ -217,11 +218,12 @@ class Run:
             self.save()
 
     def save(self) -> None:
-        """Save the run's state; a failure is a warning."""
+        """Save the run's state; a failure is a warning, one a step."""
+        earlier = self.checkpoints.failure
         started = time.perf_counter()
         is_best = self.state.best_step == self.state.grpo_step
         failure = self.checkpoints.save(self.state, self.policy, self.tokenizer, self.optimizer, is_best)
-        if failure is not None:
+        if failure is not None and (earlier is None or earlier.grpo_step != failure.grpo_step):
             self.log.warn(str(failure))
         self.limit.record(save=time.perf_counter() - started)
 
@@ -294,11 +296,5 @@ class Run:
             f"GRPO step {step}: {sum(update.skipped)} of {len(update.skipped)} optimizer steps skipped, their loss or "
             f"gradient was NaN or infinite; rollouts.jsonl holds the {len(rows)} rollouts that may have caused it"
         )
-        self.log.rollouts(
-            "nonfinite",
-            step,
-            [rollouts[i] for i in rows],
-            [rewards[i] for i in rows],
-            [advantages[i].item() for i in rows],
-            n=len(rows),
-        )
+        suspects = ([items[i] for i in rows] for items in (rollouts, rewards, advantages.tolist()))
+        self.log.rollouts("nonfinite", step, *suspects, n=len(rows))

@@ -142,6 +142,10 @@ class RunLog:
         """Print a line, above the progress bar."""
         self._console.line(text)
 
+    def end_progress(self) -> None:
+        """End the progress bar where it is; lines that follow stand below it."""
+        self._console.close()
+
     def warn(self, text: str) -> None:
         """Print a warning and keep it in warnings.jsonl."""
         self._console.line(f"warning: {text}", style="yellow")
