@@ -50,6 +50,7 @@ def parse_arguments() -> argparse.Namespace:
         choices=[*VARIANTS, TRL, TRL_OUR_KERNELS],
         help="these variants alone; the first is the base of the ratios",
     )
+    add("--profile", action="store_true", help="show what one more step of the first variant spends its time on")
     add("--output", type=Path, help="write OUTPUT.json and OUTPUT.png")
     add("--variant", help=argparse.SUPPRESS)
     return parser.parse_intermixed_args()
@@ -104,7 +105,7 @@ def summarize(runs: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
         first = rows[0] if rows else row
         for ratio, key in (("time_ratio", "seconds"), ("cpu_ratio", "cpu_seconds"), ("peak_ratio", "peak_bytes")):
             row[ratio] = row[key] / first[key]
-        rows.append(row | {"metrics": measurements[-1]["metrics"]})
+        rows.append(row | {name: measurements[-1][name] for name in ("metrics", "profile") if name in measurements[-1]})
     return rows
 
 
@@ -135,6 +136,15 @@ def print_table(rows: list[dict[str, Any]]) -> None:
         cpu = f"{row['cpu_seconds']:8.3f} {row['cpu_ratio']:6.2f}"
         sizes = f"{row['peak_bytes'] / 1e9:8.2f} {row['peak_ratio']:6.2f}"
         print(f"{row['variant']:34} {row['seconds']:8.3f} {row['time_ratio']:6.2f} {cpu} {sizes} {parts}")
+
+
+def print_profile(parts: dict[str, list[list[Any]]]) -> None:
+    """By part of the step, as torch's profiler saw it: operations by the time that is their own."""
+    for part, operations in parts.items():
+        print(f"{part}:")
+        total = operations[0][2]
+        for name, calls, milliseconds in operations:
+            print(f"  {milliseconds:9.2f} ms {milliseconds / max(total, 1e-9):6.1%} {calls:7} x {name}")
 
 
 def draw_chart(rows: list[dict[str, Any]], title: str, on_cpu: bool, path: Path) -> None:
@@ -191,6 +201,8 @@ def main() -> None:
     longest = (300 if args.shape else 64) + config.training.max_tokens
     total = torch.cuda.get_device_properties(device).total_memory if device.startswith("cuda") else None
     estimate = estimate_peak_memory(model_config, config, longest, total, uses_vllm=False)
+    if args.profile:
+        print_profile(rows[0]["profile"])
     print(f"estimated peak of the training phase: {estimate['training_peak'] / 1e9:.2f} GB")
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)

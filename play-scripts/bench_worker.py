@@ -9,7 +9,8 @@ import argparse
 import dataclasses
 import json
 import random
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -206,7 +207,29 @@ def measure(args: argparse.Namespace, config: Config) -> dict[str, Any]:
         ):
             result = workload.step(args.steps + 1, phases)
     result.metrics["bench/model_tokens"] = float(sum(computed))
-    return {**clock.laps(), "peak_bytes": peak, "phases": phases.seconds, "metrics": result.metrics}
+    measured = {**clock.laps(), "peak_bytes": peak, "phases": phases.seconds, "metrics": result.metrics}
+    if args.profile:
+        measured["profile"] = profile(lambda phase: workload.step(args.steps + 2, phase), phases)
+    return measured
+
+
+def profile(step: Callable[[Any], Any], phases: Phases, n_shown: int = 12) -> dict[str, list[list[Any]]]:
+    """What the sampling and the rest of a step spend their time on: [operation, calls, milliseconds of its own]."""
+    profilers = {}
+    own_time = "self_cpu_time_total" if phases.device.type == "cpu" else "self_device_time_total"
+
+    @contextmanager
+    def profiled(name: str) -> Iterator[None]:
+        with torch.profiler.profile() as profilers[name]:  # of every kind of device that is here
+            yield
+
+    step(profiled)
+    shown = {}
+    for name, profiler in profilers.items():
+        own = [[e.key, e.count, round(getattr(e, own_time) / 1e3, 2)] for e in profiler.key_averages()]
+        total = ["all", sum(calls for _, calls, _ in own), round(sum(ms for *_, ms in own), 2)]
+        shown[name] = [total, *sorted(own, key=lambda row: -row[2])[:n_shown]]
+    return shown
 
 
 def counting_tokens(computed: list[int], phases: Phases) -> Any:
