@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from configs.defaults import Config
+from configs.defaults import Config, Paths, Training
 from utils.rewards import REWARD_FNS
 
 
@@ -91,9 +91,21 @@ def _what_null_is(field: dataclasses.Field) -> str:
     return f"; {told[0] if told else 'null is off'}"
 
 
-def _rules_between(config: Config) -> list[tuple[tuple[str, ...], bool, str]]:
-    """(fields, whether they are at odds, how to mend it)."""
-    t = config.training
+Rule = tuple[tuple[str, ...], bool, str]  # fields, whether they are at odds, how to mend it
+
+
+def _rules_between(config: Config) -> list[Rule]:
+    return [
+        *_size_rules(config.training),
+        *_sampling_rules(config.training),
+        *_machine_rules(config.training),
+        *_path_rules(config.paths),
+        *_reward_rules("training.reward_fn", [config.training.reward_fn]),
+        *_reward_rules("training.extra_rewards", config.training.extra_rewards),
+    ]
+
+
+def _size_rules(t: Training) -> list[Rule]:
     return [
         (
             ("training.rollout_batch_size", "training.group_size"),
@@ -125,11 +137,11 @@ def _rules_between(config: Config) -> list[tuple[tuple[str, ...], bool, str]]:
             t.normalize_mode == "microbatch" and t.gradient_accumulation_steps == t.train_batch_size,
             "a microbatch of one rollout makes this mode the same as mean; lower gradient_accumulation_steps",
         ),
-        (
-            ("training.attention_type", "training.dtype"),
-            t.attention_type.startswith("flash") and t.dtype == "float32" and t.autocast_dtype is None,
-            "flash attention computes in 16 bits; set autocast_dtype to bfloat16, or attention_type to sdpa",
-        ),
+    ]
+
+
+def _sampling_rules(t: Training) -> list[Rule]:
+    return [
         (
             ("training.stop",),
             "" in t.stop,
@@ -141,39 +153,44 @@ def _rules_between(config: Config) -> list[tuple[tuple[str, ...], bool, str]]:
             "the shortest response is longer than the longest; lower min_tokens",
         ),
         (
-            ("training.autocast_dtype", "training.dtype"),
-            t.autocast_dtype is not None and t.dtype != "float32",
-            "autocast is for float32 weights; set training.dtype to float32, or autocast_dtype to null",
-        ),
-        (
             ("training.system_prompt", "training.use_chat_template"),
             bool(t.system_prompt) and not t.use_chat_template,
             "a system prompt is only read with a chat template; set use_chat_template, or empty it",
+        ),
+    ]
+
+
+def _machine_rules(t: Training) -> list[Rule]:
+    return [
+        (
+            ("training.attention_type", "training.dtype"),
+            t.attention_type.startswith("flash") and t.dtype == "float32" and t.autocast_dtype is None,
+            "flash attention computes in 16 bits; set autocast_dtype to bfloat16, or attention_type to sdpa",
+        ),
+        (
+            ("training.autocast_dtype", "training.dtype"),
+            t.autocast_dtype is not None and t.dtype != "float32",
+            "autocast is for float32 weights; set training.dtype to float32, or autocast_dtype to null",
         ),
         (
             ("training.device",),
             re.fullmatch(r"cpu|cuda(:\d+)?", t.device) is None,
             "must be cpu, cuda, or cuda:N",
         ),
-        (
-            ("paths.output_dir",),
-            not config.paths.output_dir,
-            "give the folder that the run is to write",
-        ),
-        *(
-            (
-                (f"paths.{name}",),
-                path.startswith("~"),
-                "nothing puts the home folder in place of ~; write the whole path",
-            )
-            for name, path in vars(config.paths).items()
-        ),
-        *_reward_rules("training.reward_fn", [t.reward_fn]),
-        *_reward_rules("training.extra_rewards", t.extra_rewards),
     ]
 
 
-def _reward_rules(key: str, names: Iterable[str]) -> Iterator[tuple[tuple[str, ...], bool, str]]:
+def _path_rules(paths: Paths) -> Iterator[Rule]:
+    yield ("paths.output_dir",), not paths.output_dir, "give the folder that the run is to write"
+    for name, path in vars(paths).items():
+        yield (
+            (f"paths.{name}",),
+            path.startswith("~"),
+            "nothing puts the home folder in place of ~; write the whole path",
+        )
+
+
+def _reward_rules(key: str, names: Iterable[str]) -> Iterator[Rule]:
     for name in names:
         like = nearest(name, REWARD_FNS)
         guess = f"did you mean {like!r}? There" if like else "there"

@@ -11,7 +11,9 @@ same in every copy of a prompt. Gradients of the copies add up where they are lo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -79,7 +81,7 @@ def pack(input_ids: Tensor, response_mask: Tensor) -> Packing:
 
 def enable_packing(policy: PreTrainedModel) -> bool:
     """Give a policy the attention that `packed_hidden_states` needs; False, and nothing changed, where it has another
-    kind of attention. Padded batches then go through `packed_sdpa`."""
+    kind of attention. Padded batches then go through torch's kernel."""
     config = policy.config
     plain = config.model_type in PACKABLE_MODELS and set(config.layer_types) == {"full_attention"}
     if not plain or config.attention_dropout or config._attn_implementation not in KERNELS:
@@ -106,7 +108,8 @@ def packed_hidden_states(policy: PreTrainedModel, packing: Packing) -> Tensor:
     return embedding(packing.predicts, output.last_hidden_state[0])
 
 
-def packed_sdpa(
+def packed_attention(
+    kernel: Callable[..., Tensor],
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -115,39 +118,35 @@ def packed_sdpa(
     tokens_of: Tensor | None = None,
     place_of: Tensor | None = None,
     scaling: float | None = None,
-    **options: Any,
+    **_options: Any,
 ) -> tuple[Tensor, None]:
-    """Attention by torch's kernel: queries (B, heads, T, D), keys and values (B, fewer heads, S, D) ->
-    (B, T, heads, D), None. With `tokens_of` and `place_of` they are one row: B is 1, T and S are N."""
-    if tokens_of is not None:
-        query, key, value = (_look_up(states, tokens_of) for states in (query, key, value))
-        attention_mask = None
-    if query.device.type == "cpu":
-        # Under a mask transformers copies keys and values for each query head; the CPU's kernel needs no copies.
-        is_causal = query.shape[2] > 1 and attention_mask is None
-        output = scaled_dot_product_attention(
-            query, key, value, attn_mask=attention_mask, is_causal=is_causal, scale=scaling, enable_gqa=True
-        ).transpose(1, 2)
-    else:
-        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
-    return (output.contiguous() if tokens_of is None else _put_back(output, place_of)), None
+    """Attention as transformers asks for it: queries (B, heads, T, D), keys and values (B, fewer heads, S, D), a mask
+    (B, 1, T, S) -> (B, T, heads, D), None.
 
-
-def packed_eager(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    tokens_of: Tensor | None = None,
-    place_of: Tensor | None = None,
-    scaling: float | None = None,
-    **options: Any,
-) -> tuple[Tensor, None]:
-    """`packed_sdpa`, but a packed row's attention is two products and a softmax: faster where sequences are short."""
+    With `tokens_of` and `place_of` these are one row, B is 1, T and S are N, and `kernel` computes its sequences;
+    padded batches, as in sampling, go to `_sdpa`.
+    """
     if tokens_of is None:
-        return packed_sdpa(module, query, key, value, attention_mask, scaling=scaling, **options)
+        return _sdpa(module, query, key, value, attention_mask, scaling).contiguous(), None
     query, key, value = (_look_up(states, tokens_of) for states in (query, key, value))
+    return _put_back(kernel(module, query, key, value, None, scaling), place_of), None
+
+
+def _sdpa(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None
+) -> Tensor:
+    """(B, T, heads, D) by torch's kernel, causal where there is no mask."""
+    if query.device.type != "cpu":
+        return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling)[0]
+    # Under a mask transformers copies keys and values for each query head; the CPU's kernel needs no copies.
+    is_causal = query.shape[2] > 1 and mask is None
+    return scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=is_causal, scale=scaling, enable_gqa=True
+    ).transpose(1, 2)
+
+
+def _eager(_module: nn.Module, query: Tensor, key: Tensor, value: Tensor, _mask: None, scaling: float | None) -> Tensor:
+    """Causal attention (M, t, heads, D) by two products and a softmax: faster where sequences are short."""
     (n_rows, n_heads, length, _), n_groups = query.shape, key.shape[1]
     # the query heads that share a key head one after another, so that one product serves them all
     query = query.reshape(n_rows * n_groups, -1, query.shape[-1])
@@ -156,7 +155,7 @@ def packed_eager(
     future = future.repeat(n_heads // n_groups, 1)
     scores = torch.baddbmm(future, query, key.transpose(1, 2), alpha=scaling)
     output = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype) @ value
-    return _put_back(output.view(n_rows, n_heads, length, -1).transpose(1, 2), place_of), None
+    return output.view(n_rows, n_heads, length, -1).transpose(1, 2)
 
 
 def _look_up(states: Tensor, tokens_of: Tensor) -> Tensor:
@@ -170,6 +169,6 @@ def _put_back(output: Tensor, place_of: Tensor) -> Tensor:
     return embedding(place_of, output.flatten(2).flatten(0, 1)).unflatten(1, output.shape[2:])[None]
 
 
-for _name, _attention in {"packed_sdpa": packed_sdpa, "packed_eager": packed_eager}.items():
-    AttentionInterface.register(_name, _attention)
+for _name, _kernel in {"packed_sdpa": _sdpa, "packed_eager": _eager}.items():
+    AttentionInterface.register(_name, partial(packed_attention, _kernel))
     AttentionMaskInterface.register(_name, sdpa_mask)
