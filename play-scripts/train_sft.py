@@ -218,9 +218,7 @@ def check_options(options: argparse.Namespace, output: Path) -> None:
     """Raise ValueError for options that can't be, with what would be right."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"--output {output} already holds something; choose another folder or delete it")
-    model = Path(options.model)
-    beside_others = len(model.parts) == 2 and model.parent.is_dir()  # data/nope: a slip, not a name on the hub
-    if (is_local(options.model) or beside_others) and not (model / "config.json").is_file():
+    if is_local(options.model) and not (Path(options.model) / "config.json").is_file():
         raise ValueError(f"--model {options.model}: no config.json there; give a checkpoint folder or a hub name")
     for name in ("steps", "batch_size", "gradient_accumulation_steps", "max_tokens"):
         if getattr(options, name) < 1:

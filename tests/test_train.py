@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from utils.build import what_resume_found
+from utils.preflight import is_local
 from utils.run_files import claimed
 
 ROOT = Path(__file__).parents[1]
@@ -275,3 +276,15 @@ def test_real_problems_flow_through_a_whole_step(
     rollouts = [json.loads(line) for line in (tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()]
     truths = [json.loads(line)["answer"] for line in (tmp_path / "train.jsonl").read_text().splitlines()]
     assert all(any(truth.endswith(row["truth"]) for truth in truths) for row in rollouts if row["split"] == "train")
+
+
+def test_a_folder_that_is_not_there_is_no_name_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert [is_local(path) for path in ("data/nope", "./nope", "a/b/c", "Qwen/Qwen2.5-Math-1.5B", "gpt2")] == [
+        True,
+        True,
+        True,
+        False,
+        False,
+    ]

@@ -133,8 +133,11 @@ def _where_to_get(path: str, otherwise: str) -> str:
 
 
 def is_local(model_path: str) -> bool:
-    """Whether a model path means a folder here: a hub name is `name` or `owner/name`, and no folder of that name is."""
-    return model_path.startswith((".", "/", "~")) or model_path.count("/") > 1 or Path(model_path).exists()
+    """Whether a model path means a folder here: a hub name is `name` or `owner/name`, and no folder has the name, or
+    the owner's: `data/nope` is a slip."""
+    path = Path(model_path)
+    beside_others = len(path.parts) == 2 and path.parent.is_dir()
+    return model_path.startswith((".", "/", "~")) or model_path.count("/") > 1 or path.exists() or beside_others
 
 
 def model_config(model_path: str) -> dict | None:
