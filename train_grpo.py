@@ -4,8 +4,8 @@
     python train_grpo.py --config configs/lr_sweep/3e-5.yaml --config configs/hardware/rtx4090.yaml training.seed=7
 
 A GRPO step samples a group of responses to each of a few problems, scores them, takes as a response's advantage its
-reward against its group's, and follows the policy gradient. `train` below is the algorithm, `utils/grpo.py` its
-mathematics, `utils/update.py` the inner loop; what surrounds a step (evaluating, saving, ending) is in `utils/run.py`.
+reward against its group's, and follows the policy gradient. `train` below is the algorithm, `utils/algorithm/` its
+mathematics and inner loop; what surrounds a step (evaluating, saving, ending) is in `utils/run/`.
 
 Exit status: 0 finished, 1 an error, 2 a mistake in what was asked for, 3 collapsed, 4 stopped by a signal and saved
 (before the first step there is nothing to save), 5 time limit reached and saved, 6 too many non-finite numbers.
@@ -19,23 +19,23 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from utils.config import describe_fields, load_config
-from utils.dry_run import describe_run
-from utils.ending import Status, StopRequest, TimeLimit
-from utils.preflight import check_before_loading
+from utils.preflight.config import describe_fields, load_config
+from utils.preflight.dry_run import describe_run
+from utils.preflight.obstacles import check_before_loading
+from utils.run.ending import Status, StopRequest, TimeLimit
 
 if TYPE_CHECKING:
-    from utils.run import Run
+    from utils.run.run import Run
 
 
 def train(run: Run) -> Status:
     """The outer loop of GRPO (DeepSeekMath, algorithm 1, with verified rewards and no reference policy)."""
     import torch  # here and not above: --help and --dry-run need none of it, and it takes seconds
 
-    from utils.batching import make_train_batch, pad_id_of
-    from utils.grpo import group_advantages
+    from utils.algorithm.batch import make_train_batch, pad_id_of
+    from utils.algorithm.losses import group_advantages
+    from utils.algorithm.update import update_policy
     from utils.seeding import derive_seed
-    from utils.update import update_policy
 
     t = run.config.training
     while True:
@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> Status:
         return report_mistake(mistake)
 
     limit = TimeLimit(config.training.max_hours)
-    from utils.build import build_run
+    from utils.run.build import build_run
 
     with StopRequest() as stop:
         try:

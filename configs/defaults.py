@@ -168,7 +168,7 @@ class Grader:
 
 @dataclass
 class Guard:
-    """When a run counts as collapsed, and when it is worth a warning (utils/guard.py)."""
+    """When a run counts as collapsed, and when it is worth a warning (utils/run/guard.py)."""
 
     action: str = option("warn", "what a collapse does to the run", choices=["stop", "warn", "off"])
     patience: int = option(

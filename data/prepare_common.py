@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from utils.dataset import problem_from_row, save_problems
+from utils.problems import problem_from_row, save_problems
 from utils.records import Problem
 
 Rows = Iterable[tuple[str, dict[str, Any]]]  # where a row comes from, and the row

@@ -14,7 +14,7 @@ import sys
 
 from prepare_common import hub_rows, run_command, write_splits
 
-from utils.dataset import read_rows
+from utils.problems import read_rows
 
 PUBLISHED = {"train": 7473, "test": 1319}
 

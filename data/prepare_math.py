@@ -19,8 +19,8 @@ from typing import Any
 
 from prepare_common import Rows, hub_rows, run_command, write_splits
 
-from utils.dataset import read_rows
-from utils.grader import last_box
+from utils.problems import read_rows
+from utils.rewards.grader import last_box
 
 PUBLISHED = {"train": 7500, "test": 5000}
 JSONL_NAMES = {"train": ("train.jsonl",), "test": ("test.jsonl", "validation.jsonl")}

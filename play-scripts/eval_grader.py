@@ -19,8 +19,8 @@ from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from utils.dataset import read_rows
-from utils.grader import Grader
+from utils.problems import read_rows
+from utils.rewards.grader import Grader
 
 Pair = tuple[str, str]
 Verdicts = Callable[[list[Pair]], list[bool]]
@@ -163,10 +163,10 @@ def main() -> None:
 
     with Grader(workers=args.workers) as grader:
         if pairs:
-            compare(f"utils.grader, {args.workers} workers", pairs, grader.grade)
+            compare(f"utils.rewards.grader, {args.workers} workers", pairs, grader.grade)
         if hostile:
             grader.grade([(r"2\sqrt{2}", r"\sqrt{8}")])
-            face("utils.grader", hostile, grader.grade)
+            face("utils.rewards.grader", hostile, grader.grade)
         print("counters:", ", ".join(f"{name} {count}" for name, count in grader.counters.items()))
     largest = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
     print(f"largest process of the grader: {largest:.0f} MiB")

@@ -22,10 +22,10 @@ from rich.console import Console
 from rich.table import Table
 
 from configs.defaults import Config
-from utils.config import load_config, to_dict
-from utils.ending import Status
-from utils.preflight import is_local, refuse, shortfalls, unusable_files
-from utils.run_files import CONFIG_FILE
+from utils.log.files import CONFIG_FILE
+from utils.preflight.config import load_config, to_dict
+from utils.preflight.obstacles import is_local, refuse, shortfalls, unusable_files
+from utils.run.ending import Status
 
 
 def main(arguments: Sequence[str] | None = None) -> Status:
@@ -89,13 +89,13 @@ def checkpoint_config(options: argparse.Namespace) -> Config:
 
 def evaluate_checkpoint(config: Config, n_samples: int, greedy: bool) -> dict[str, tuple[list, list, int]]:
     """Sample: {"greedy" or "sampled": (rollouts, rewards, responses a problem)}."""
-    from utils.build import load_prompts
-    from utils.dataset import fixed_subset
+    from utils.algorithm.policy import load_policy, load_tokenizer
     from utils.engines import build_engine
-    from utils.evaluate import evaluate
-    from utils.grader import Grader
-    from utils.policy import load_policy, load_tokenizer
-    from utils.rewards import RewardScorer
+    from utils.problems import fixed_subset
+    from utils.rewards.functions import RewardScorer
+    from utils.rewards.grader import Grader
+    from utils.run.build import load_prompts
+    from utils.run.evaluate import evaluate
     from utils.seeding import derive_seed
 
     t = config.training
@@ -123,7 +123,7 @@ def evaluate_checkpoint(config: Config, n_samples: int, greedy: bool) -> dict[st
 
 def summarize(rollouts: list, rewards: list, n: int) -> dict:
     """The figures of one round of n responses a problem."""
-    from utils.evaluate import mean, pass_at_k, response_metrics, standard_error
+    from utils.run.evaluate import mean, pass_at_k, response_metrics, standard_error
 
     groups = [rewards[i : i + n] for i in range(0, len(rewards), n)]
     per_problem = [mean([reward.total for reward in group]) for group in groups]

@@ -21,7 +21,7 @@ from train_sft import load_demonstrations, run_command, save_checkpoint, train, 
 
 from configs.defaults import Training
 from utils import tiny
-from utils.dataset import load_template, save_problems
+from utils.problems import load_template, save_problems
 
 OPTIONS_FILE = "options.json"
 TEMPLATE = Path(__file__).parents[1] / "data" / "tiny.prompt"

@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
-from utils.history import load_runs
-from utils.plotting import AXES, DEFAULT_METRICS, draw_figure, save_figure
-from utils.tracker import fetch_wandb_runs
+from utils.log.tracker import fetch_wandb_runs
+from utils.plots.figures import AXES, DEFAULT_METRICS, draw_figure, save_figure
+from utils.plots.history import load_runs
 
 DEFAULT_NAME = "curves"
 

@@ -32,10 +32,10 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from utils.ablation_jobs import ENDED, Job, copy, find_topics, finish, plan, progress_of, start
-from utils.ending import SignalHandler, Status
-from utils.report import write_report, write_top_page
-from utils.summary import format_time
+from utils.ablations.jobs import ENDED, Job, copy, find_topics, finish, plan, progress_of, start
+from utils.ablations.report import write_report, write_top_page
+from utils.plots.summary import format_time
+from utils.run.ending import SignalHandler, Status
 
 FRAME = 7  # lines of the table that are no rows: borders, header, captions
 STYLES = {"failed": "red", "collapsed": "yellow", "running": "dim"}

@@ -15,9 +15,9 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
-from utils.history import load_runs
-from utils.summary import HEADER, markdown_table, summarize
-from utils.tracker import fetch_wandb_runs
+from utils.log.tracker import fetch_wandb_runs
+from utils.plots.history import load_runs
+from utils.plots.summary import HEADER, markdown_table, summarize
 
 WIDEST = 10_000  # characters
 

@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from configs.defaults import Training
-from utils.dataset import ProblemStream, read_rows
-from utils.ending import Status
-from utils.preflight import is_local
-from utils.run_files import METRICS_FILE, Row, encode_row
+from utils.log.files import METRICS_FILE, Row, encode_row
+from utils.preflight.obstacles import is_local
+from utils.problems import ProblemStream, read_rows
+from utils.run.ending import Status
 
 if TYPE_CHECKING:
     import torch
@@ -86,9 +86,9 @@ def train_step(
     """
     import torch
 
-    from utils.batching import pad, response_mask
-    from utils.grpo import sft_microbatch_train_step
-    from utils.log_probs import response_log_probs
+    from utils.algorithm.batch import pad, response_mask
+    from utils.algorithm.log_probs import response_log_probs
+    from utils.algorithm.losses import sft_microbatch_train_step
 
     n_tokens = sum(len(demonstration.response_ids) for demonstration in demonstrations)
     longest_first = sorted(demonstrations, key=len, reverse=True)  # neighbours in length need little padding
@@ -132,7 +132,7 @@ def train(
     """
     from transformers import get_scheduler
 
-    from utils.policy import build_optimizer
+    from utils.algorithm.policy import build_optimizer
 
     optimizer = build_optimizer(policy, training)
     scheduler = get_scheduler(SCHEDULES[schedule], optimizer, warmup_steps, n_steps)
@@ -174,7 +174,7 @@ def run(options: argparse.Namespace) -> None:
     """What the command line asks for. Raises ValueError for a user's mistake."""
     output = Path(options.output)
     check_options(options, output)
-    from utils.policy import load_policy, load_tokenizer
+    from utils.algorithm.policy import load_policy, load_tokenizer
 
     tokenizer = load(load_tokenizer, options.model)
     demonstrations, n_left_out = load_demonstrations(options.data, tokenizer, options.max_tokens)
@@ -207,7 +207,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def load(loader: Callable[..., Loaded], model: str, *arguments: object) -> Loaded:
-    """What a loader of `utils.policy` makes of --model, which its ValueErrors would call a field of a run's config."""
+    """What a loader of `algorithm/policy.py` makes of --model, which its ValueErrors would call a config field."""
     try:
         return loader(model, *arguments)
     except ValueError as error:

@@ -24,7 +24,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from utils.run_files import ROLLOUTS_FILE, Row, read_rows
+from utils.log.files import ROLLOUTS_FILE, Row, read_rows
 
 PAGE = Path(__file__).with_name("rollout_page.html")
 FIELDS = {

@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 
 from configs.defaults import default_of
-from utils.config import describe_rules, sections, to_yaml_value
-from utils.metrics_doc import metrics_table
+from utils.log.metrics import metrics_table
+from utils.preflight.config import describe_rules, sections, to_yaml_value
 
 README = Path(__file__).parents[1] / "README.md"
 

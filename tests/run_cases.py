@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from transformers.utils.logging import disable_progress_bar
 
 import train_grpo
-import utils.build  # noqa: F401 (forked processes then need not import it)
+import utils.run.build  # noqa: F401 (forked processes then need not import it)
 from utils import tiny
-from utils.checkpoint import OPTIMIZER_FILE, STATE_FILE
+from utils.run.checkpoint import OPTIMIZER_FILE, STATE_FILE
 
 disable_progress_bar()  # its lock is shared with forked processes: one killed while it holds it blocks all others
 N_STEPS = 6

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from utils import tiny
-from utils.dataset import load_problems, load_template
-from utils.rewards import r1_zero_answer
+from utils.problems import load_problems, load_template
+from utils.rewards.functions import r1_zero_answer
 
 REPOSITORY = Path(__file__).parents[1]
 TEMPLATE = load_template(REPOSITORY / "data" / "tiny.prompt")

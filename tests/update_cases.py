@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from configs.defaults import Training
-from utils.batching import make_train_batch
-from utils.grpo import group_advantages
+from utils.algorithm.batch import make_train_batch
+from utils.algorithm.losses import group_advantages
 from utils.records import Problem, Prompt, Rollout, TrainBatch
 
 N = 8

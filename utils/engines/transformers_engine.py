@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from utils.engines.progress import progress_bar
 from utils.engines.responses import ResponseReader, check_rollouts, end_ids_of
+from utils.log.progress import progress_bar
 from utils.records import Prompt, Rollout, Sampling
 
 

@@ -12,9 +12,9 @@ from vllm import SamplingParams
 from vllm.outputs import CompletionOutput
 
 from configs.defaults import Config
-from utils.engines.progress import progress_bar
 from utils.engines.responses import ResponseReader, check_rollouts, end_ids_of
 from utils.engines.vllm_start import GB, compilation, free_gpu_bytes, start_vllm, stop_vllm
+from utils.log.progress import progress_bar
 from utils.records import Prompt, Rollout, Sampling
 from utils.seeding import preserved_random_state
 

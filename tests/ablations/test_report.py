@@ -1,0 +1,256 @@
+"""The page of an ablation, from fabricated runs: its numbers worked by hand, its sentences, its published claims."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from utils.ablations.published import ABLATIONS, Claim, find_ablation
+from utils.ablations.report import (
+    check,
+    differences,
+    direction,
+    ending_sentence,
+    published_parts,
+    sentences,
+    write_report,
+    write_top_page,
+)
+from utils.log.metrics import METRICS
+from utils.plots.history import Run, load_runs
+from utils.plots.summary import summarize
+from utils.preflight.config import load_config
+
+ROOT = Path(__file__).parents[2]
+
+
+def write_run(
+    folder: Path, rewards: list[float], grad_norms: list[float] = (), ending: str | None = "finished", **status: str
+) -> None:
+    """A run that was evaluated after 0, 1, 2, ... GRPO steps."""
+    folder.mkdir(parents=True)
+    rows = [{"eval_step": i, "time": 10.0 * i, "eval/reward": value} for i, value in enumerate(rewards)]
+    rows += [
+        {"grpo_step": i, "time": 10.0 * i, "train/grad_norm": v, "train/loss": 0.1} for i, v in enumerate(grad_norms, 1)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if ending:
+        (folder / "status.json").write_text(json.dumps({"status": ending, **status}))
+
+
+def runs_in(folder: Path) -> list[Run]:
+    return load_runs([folder])[0]
+
+
+def std_dev_runs(folder: Path) -> None:
+    """Two settings of two seeds: last-five means 0.7, 0.8 against 0.5, 0.58; norms 0.4, 0.6 against 0.5, 0.5."""
+    for name, seed, last, norms in (
+        ("with_std", 1, 0.7, [0.2, 0.6]),
+        ("with_std", 2, 0.8, [0.6, 0.6]),
+        ("without_std", 1, 0.5, [0.5, 0.5]),
+        ("without_std", 2, 0.58, [0.4, 0.6]),
+    ):
+        write_run(folder / name / f"seed_{seed}", [0.2, 0.9, *[last] * 5], norms, same_as="tiny/lr_sweep/3e-4")
+
+
+def test_the_page_by_hand(tmp_path: Path) -> None:
+    std_dev_runs(tmp_path / "runs")
+    complaints = write_report(tmp_path / "runs", tmp_path / "out", "tiny/std_dev", "python run.py --seeds 2")
+    assert complaints == []
+    page = (tmp_path / "out" / "README.md").read_text()
+    # two values at distance d have the standard error d / 2; the differences of seeds are 0.2, 0.22 and -0.1, 0.1
+    for text in (
+        "# tiny/std_dev\n\nShould advantages be divided by the standard deviation of their group?",
+        "| with_std | 2 | 0.900 ± 0.000 | 0.750 ± 0.050 | 6 | 60 s | finished 2 |",
+        "| without_std | 2 | 0.900 ± 0.000 | 0.540 ± 0.040 | 6 | 60 s | finished 2 |",
+        "`with_std` ends highest, at 0.750 ± 0.050; `without_std` ends lowest, at 0.540 ± 0.040. No run was stopped as",
+        "0.72 with the division, 0.65 without",
+        "| with the division reward ends higher | **yes**: 0.75 against 0.54, difference 0.21 ± 0.01 |",
+        "| without it gradient norms are lower | **cannot be told apart**: 0.5 against 0.5, difference 0 ± 0.1 |",
+        "| run | `train/mean_response_length` | `train/entropy` | `train/grad_norm` |",
+        "| with_std | – | – | 0.5 ± 0.1 |",
+        "as the config is the same: `with_std` is the run `tiny/lr_sweep/3e-4`, `without_std` is the run",
+        "judged seed by seed, by a paired t-test at 5 %, two-sided",
+        "```bash\npython run.py --seeds 2\n```",
+        "![eval/reward, train/mean_response_length, train/entropy, train/grad_norm over GRPO steps](figure.png)",
+    ):
+        assert text in page
+    assert str(tmp_path) not in page
+    assert (tmp_path / "out" / "figure.png").read_bytes().startswith(b"\x89PNG")
+    (again, *_), _ = load_runs([tmp_path / "out" / "metrics.csv"])
+    assert (again.name, again.seed, sorted(again.curves)) == ("with_std", 1, ["eval/reward", "train/grad_norm"])
+    assert again.curves["eval/reward"][1].value == 0.9
+
+
+def test_paired_t_tests_by_hand() -> None:
+    # differences 0.10, 0.08, 0.14: mean 0.1067, deviations -0.0067, -0.0267, 0.0333, standard error 0.0306 / sqrt 3 =
+    # 0.0176, t = 6.05 above 4.303; taken as independent, t would be 0.1067 / hypot(0.0577, 0.0481) = 1.42
+    a, b = {1: 0.70, 2: 0.80, 3: 0.90, 7: 0.0}, {3: 0.76, 2: 0.72, 1: 0.60, 9: 1.0}
+    assert differences(a, b) == pytest.approx([0.10, 0.08, 0.14])
+    assert direction(differences(a, b)) == 1
+    assert direction(differences(b, a)) == -1
+    assert direction([0.02, 0.05, 0.08]) == 0  # 0.05 / (0.03 / sqrt 3) = 2.89: beyond two standard errors, within 4.303
+    assert direction([0.05, 0.06]) == 0  # 0.055 / 0.005 = 11, within 12.706
+    assert direction([0.05, 0.058]) == 1  # 0.054 / 0.004 = 13.5
+    assert direction([0.0, 0.0, 0.0]) == 0
+    assert [direction(few) for few in ([], [0.3])] == [None, None]
+    # 41 differences of mean 1, half of them 1 + d, half 1 - d, one 1: standard error d / sqrt 41, judged by 2.262
+    assert [direction([1.0, *[1.0 + d, 1.0 - d] * 20]) for d in (2.7, 2.9)] == [1, 0]
+
+
+def test_sentences_say_who_collapsed_and_who_never_rose(tmp_path: Path) -> None:
+    for seed, shift, uneven in ((1, 0.0, 0.01), (2, 0.02, -0.01), (3, 0.01, 0.03)):
+        write_run(tmp_path / "1e-4" / f"seed_{seed}", [0.2, *[0.61 + shift - uneven] * 5])
+        write_run(tmp_path / "3e-4" / f"seed_{seed}", [0.2, *[0.61 + shift] * 5])
+        write_run(tmp_path / "1e-5" / f"seed_{seed}", [0.2, *[0.2 + uneven] * 5])
+        write_run(tmp_path / "3e-6" / f"seed_{seed}", [0.2, *[0.19 - uneven] * 5])
+        write_run(tmp_path / "3e-5" / f"seed_{seed}", [0.2, *[0.29 + uneven] * 5])
+        write_run(tmp_path / "1e-3" / f"seed_{seed}", [0.2, *[0.9] * 4, 0.1 * seed], ending="collapsed")
+    runs = runs_in(tmp_path)
+    assert sentences(runs, summarize(runs)[0]) == [
+        # differences from 1e-4: 0.01, -0.01, 0.03, their mean 0.01 ± 0.0115; from 1e-3, of which the last evaluation
+        # counts: 0.51, 0.43, 0.32, 0.42 ± 0.055, t = 7.6; 3e-6 ends at 0.18, 0.20, 0.16
+        "`3e-4` ends highest, at 0.620 ± 0.006, from which `1e-4` cannot be told apart; `3e-6` ends lowest, at "
+        "0.180 ± 0.012.",
+        # the gains: 1e-5 0.01, -0.01, 0.03; 3e-6 -0.01 less those; 3e-5 0.09 more than 1e-5, 0.1 ± 0.0115, t = 8.7
+        "Stopped as collapsed: `1e-3` in 3 of 3 seeds; `3e-6` did not end above the first evaluation; `1e-5` cannot be "
+        "told to have risen above the first evaluation.",
+    ]
+    settings = {name: [run for run in runs if run.name == name] for name in ("1e-3", "1e-4", "3e-4")}
+    verdicts = [check(claim, settings) for claim in find_ablation("tiny/lr_sweep").claims]
+    assert verdicts == [
+        "**yes**: 3 of 3 seeds",
+        "**cannot be told apart**: 0.62 against 0.61, difference 0.01 ± 0.0115",
+        None,  # no 3e-5 was passed
+    ]
+
+
+def test_a_collapsed_seed_counts_with_its_last_evaluation_and_is_marked(tmp_path: Path) -> None:
+    write_run(tmp_path / "hot" / "seed_1", [0.2, 0.9, 0.9, 0.9, 0.1], ending="collapsed")
+    write_run(tmp_path / "hot" / "seed_2", [0.2, 0.4, 0.5, 0.6, 0.7, 0.8])
+    write_run(tmp_path / "cold" / "seed_1", [0.3])
+    cold, hot = summarize(runs_in(tmp_path))[0]
+    assert hot.cells()[2:4] == ("0.850 ± 0.050", "0.350 ± 0.250 ×")  # 0.1, and the mean of 0.4, ..., 0.8
+    assert cold.cells()[3] == "0.300"
+    claim = Claim("", "hot", "collapses")
+    assert check(claim, {"hot": runs_in(tmp_path / "hot")}) == "**in part**: 1 of 2 seeds"
+
+
+def test_claims_the_other_way_round_and_equal(tmp_path: Path) -> None:
+    std_dev_runs(tmp_path)
+    settings = {name: [run for run in runs_in(tmp_path) if run.name == name] for name in ("with_std", "without_std")}
+    reward = "0.54 against 0.75, difference -0.21 ± 0.01"
+    assert check(Claim("", "without_std", ">", "with_std"), settings) == f"**no**: {reward}"
+    assert check(Claim("", "without_std", "=", "with_std"), settings) == f"**no**: {reward}"
+    noise = check(Claim("", "with_std", "=", "without_std", "train/grad_norm"), settings)
+    assert noise == "**cannot be told apart**: 0.5 against 0.5, difference 0 ± 0.1"
+    settings["twin"] = settings["with_std"]
+    assert check(Claim("", "with_std", "=", "twin"), settings) == "**yes**, equal in every seed: 0.75 against 0.75"
+    settings["others"] = [replace(run, seed=run.seed + 5) for run in settings["with_std"]]
+    assert check(Claim("", "with_std", ">", "others"), settings) == "**not to be judged**: no seed in common"
+    assert check(Claim("", "with_std", "collapses"), settings) == "**no**: 0 of 2 seeds"
+    assert check(Claim("", "with_std", ">", "without_std", "train/entropy"), settings) is None
+
+
+def test_what_was_expected_but_not_published_is_judged_too(tmp_path: Path) -> None:
+    for seed, gap in ((1, 0.10), (2, 0.11)):
+        write_run(tmp_path / "float32_1e-5" / f"seed_{seed}", [0.4, *[0.6] * 5])
+        write_run(tmp_path / "bfloat16_1e-5" / f"seed_{seed}", [0.4, *[0.6 - gap] * 5])
+    table, note = published_parts(find_ablation("tiny/precision"), runs_in(tmp_path))
+    assert table == (
+        "| expected | here |\n|---|---|\n"
+        "| at 1e-5 float32 ends above bfloat16 | **yes**: 0.6 against 0.495, difference 0.105 ± 0.005 |"
+    )
+    assert "half its spacing" in note
+
+
+def test_a_tie_has_no_lowest(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_run(tmp_path / name, [0.2, 0.5])
+    runs = runs_in(tmp_path)
+    assert sentences(runs, summarize(runs)[0])[0].startswith("`a` ends highest, at 0.350; with fewer than two seeds")
+
+
+def test_one_seed_is_not_judged(tmp_path: Path) -> None:
+    write_run(tmp_path / "with_std", [0.2, 0.8])
+    write_run(tmp_path / "without_std", [0.2, 0.1])
+    runs = runs_in(tmp_path)
+    first, second = sentences(runs, summarize(runs)[0])
+    assert first == (
+        "`with_std` ends highest, at 0.500; `without_std` ends lowest, at 0.150; with fewer than two seeds in common, "
+        "`without_std` cannot be judged against it."
+    )
+    assert second == "No run was stopped as collapsed."
+    (claim, _) = find_ablation("std_dev").claims
+    verdict = check(claim, {run.name: [run] for run in runs})
+    assert verdict == "**not to be judged**, one seed: 0.5 against 0.15"
+
+
+def test_what_is_missing_or_damaged_is_named_and_the_rest_reported(tmp_path: Path) -> None:
+    write_run(tmp_path / "runs" / "good", [0.1, 0.5], [1.0])
+    write_run(tmp_path / "runs" / "going", [0.1], [1.0], ending=None)
+    write_run(tmp_path / "runs" / "blind", [], [1.0, 2.0])
+    with (tmp_path / "runs" / "good" / "metrics.jsonl").open("a") as file:
+        file.write('{"grpo_step": 2, "train/gr')
+    complaints = "\n".join(write_report(tmp_path / "runs", tmp_path / "out", "anything", "a command"))
+    for text in ("line 4: not a whole JSON row", "going: not finished", "blind has no eval/reward"):
+        assert text in complaints
+    page = (tmp_path / "out" / "README.md").read_text()
+    assert "# anything\n\nRuns of `configs/anything`." in page
+    assert "| going | 1 | 0.100 | 0.100 | 1 | 10 s | unfinished |" in page
+    assert "| blind | 1 | – | – | 2 | 20 s | finished |" in page
+    assert "Published" not in page
+    with pytest.raises(ValueError, match="nothing to draw"):
+        write_report(tmp_path / "nowhere", tmp_path / "none", "anything", "a command")
+    assert not (tmp_path / "none").exists()
+
+
+def test_no_reward_at_all(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", [], [1.0])
+    runs = runs_in(tmp_path)
+    assert sentences(runs, summarize(runs)[0])[0] == "No run has `eval/reward`."
+    assert ending_sentence(runs) == "No run was stopped as collapsed."
+
+
+def test_the_top_page_keeps_what_others_wrote(tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    for topic in ("tiny/std_dev", "lr_sweep"):
+        std_dev_runs(tmp_path / "runs" / topic)
+        write_report(tmp_path / "runs" / topic, results / topic, topic, f"python run.py {topic}")
+    (results / "speed").mkdir()
+    (results / "speed" / "README.md").write_text("# Speed\n")
+    write_top_page(results)
+    path = results / "README.md"
+    path.write_text(path.read_text().replace("# Results\n", "# Results\n\nBefore.\n") + "\nAfter.\n")
+    write_top_page(results)
+    text = path.read_text()
+    assert text.startswith("# Results\n\nBefore.\n\n<!-- ablations -->\n## [lr_sweep](lr_sweep/README.md)\n\nHow high")
+    assert text.endswith("```\n<!-- /ablations -->\n\nAfter.\n")
+    assert text.count("## [") == 2
+    assert "```bash\npython run.py tiny/std_dev\n```" in text
+    assert "`with_std` ends highest, at 0.750 ± 0.050" in text
+    path.write_text("# Results\n")
+    with pytest.raises(ValueError, match="add the lines <!-- ablations --> and <!-- /ablations -->"):
+        write_top_page(results)
+
+
+FOLDERS = sorted({path.parent.relative_to(ROOT / "configs").as_posix() for path in ROOT.glob("configs/**/*.yaml")}
+                 - {".", "hardware", "gsm8k", "tiny"})  # fmt: skip
+
+
+@pytest.mark.parametrize("topic", FOLDERS)
+def test_every_ablation_has_an_entry_short_configs_and_claims_about_its_own_runs(topic: str) -> None:
+    configs = sorted((ROOT / "configs" / topic).glob("*.yaml"))
+    names = {path.stem for path in configs}
+    for path in configs:
+        assert len(path.read_text().splitlines()) <= 8
+        assert load_config([path]).paths.output_dir == f"runs/{topic}/{path.stem}"
+    assert topic in ABLATIONS or topic.rsplit("/", 1)[-1] in ABLATIONS
+    ablation = find_ablation(topic)
+    mentioned = {claim.run for claim in ablation.claims} | {claim.other for claim in ablation.claims if claim.other}
+    if topic != "clip_ablation":  # its on-policy pair is in the tiny suite alone
+        assert mentioned <= names
+    assert {claim.metric for claim in ablation.claims} | set(ablation.also_drawn) <= set(METRICS)

@@ -1,0 +1,141 @@
+"""Loading a policy and building its optimizer: what saves memory changes no result beyond rounding."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from update_cases import ON_POLICY, make_batch
+
+from configs.defaults import Training
+from utils.algorithm import policy as policy_module
+from utils.algorithm.log_probs import has_plain_head
+from utils.algorithm.policy import (
+    build_optimizer,
+    choose_cpu_products,
+    context_length,
+    load_policy,
+    load_tokenizer,
+    product_error,
+)
+from utils.algorithm.update import update_policy
+
+
+def weights_after_updates(model_dir: Path, training: Training, n_steps: int = 2) -> torch.Tensor:
+    policy = load_policy(str(model_dir), training)
+    optimizer = build_optimizer(policy, training)
+    for step in range(n_steps):
+        result = update_policy(policy, optimizer, make_batch(seed=step), training, step)
+        assert result.n_optimizer_steps == 1
+    return torch.cat([p.detach().float().flatten() for p in policy.parameters()])
+
+
+@pytest.fixture(scope="module")
+def plain_weights(tiny_model_dir: Path) -> torch.Tensor:
+    return weights_after_updates(tiny_model_dir, ON_POLICY)
+
+
+def test_gradient_checkpointing_recomputes_and_changes_nothing(
+    tiny_model_dir: Path, plain_weights: torch.Tensor
+) -> None:
+    training = replace(ON_POLICY, use_gradient_checkpointing=True)
+    policy = load_policy(str(tiny_model_dir), training)
+    has_plain_head(policy)  # looks once, with a forward pass of its own
+    forwards = []
+    policy.get_decoder().layers[0].mlp.register_forward_pre_hook(lambda *_: forwards.append(1))
+    one_microbatch = replace(training, gradient_accumulation_steps=1)
+    update_policy(policy, build_optimizer(policy, training), make_batch(), one_microbatch, 0)
+    assert len(forwards) == 2  # once forward, once more in the backward pass
+    assert torch.equal(weights_after_updates(tiny_model_dir, training), plain_weights)
+
+
+def test_attention_kernels_agree(tiny_model_dir: Path, plain_weights: torch.Tensor) -> None:
+    eager = weights_after_updates(tiny_model_dir, replace(ON_POLICY, attention_type="eager"))
+    torch.testing.assert_close(eager, plain_weights, atol=1e-4, rtol=0)
+
+
+@pytest.fixture
+def mkl_afterwards() -> Iterator[None]:
+    yield
+    choose_cpu_products(use_onednn=False)
+
+
+@pytest.mark.usefixtures("mkl_afterwards")
+@pytest.mark.filterwarnings("ignore:training.use_onednn")  # where this processor would round
+@pytest.mark.parametrize("attention_type", ["sdpa", "eager"])
+def test_products_by_onednn_agree(tiny_model_dir: Path, plain_weights: torch.Tensor, attention_type: str) -> None:
+    weights = weights_after_updates(tiny_model_dir, replace(ON_POLICY, use_onednn=True, attention_type=attention_type))
+    assert product_error() < 1e-6  # of float32, whoever makes the product
+    torch.testing.assert_close(weights, plain_weights, atol=1e-4, rtol=0)
+
+
+@pytest.mark.usefixtures("mkl_afterwards")
+def test_products_that_would_be_rounded_stay_with_mkl(monkeypatch: pytest.MonkeyPatch) -> None:
+    matmul = torch.backends.mkldnn.matmul
+    monkeypatch.setattr(policy_module, "product_error", lambda: 3e-3)
+    with pytest.warns(UserWarning, match="use_onednn: oneDNN rounds to bfloat16 on this processor, so MKL is used"):
+        choose_cpu_products(use_onednn=True)
+    assert matmul.fp32_precision == "none"
+    monkeypatch.setattr(policy_module, "product_error", lambda: 3e-7)
+    choose_cpu_products(use_onednn=True)
+    assert matmul.fp32_precision == "bf16"
+    choose_cpu_products(use_onednn=False)
+    assert matmul.fp32_precision == "none"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_policy_agrees_and_keeps_its_names(
+    tiny_model_dir: Path, plain_weights: torch.Tensor, checkpointing: bool
+) -> None:
+    training = replace(ON_POLICY, use_compile=True, use_gradient_checkpointing=checkpointing)
+    names = load_policy(str(tiny_model_dir), training).state_dict().keys()
+    assert names == load_policy(str(tiny_model_dir), ON_POLICY).state_dict().keys()
+    torch.testing.assert_close(weights_after_updates(tiny_model_dir, training), plain_weights, atol=1e-4, rtol=0)
+
+
+def test_autocast_computes_in_bfloat16_and_keeps_float32_weights(tiny_model_dir: Path) -> None:
+    policy = load_policy(str(tiny_model_dir), ON_POLICY)
+    seen = []
+    policy.get_decoder().layers[0].mlp.register_forward_hook(lambda _m, _i, output: seen.append(output.dtype))
+    training = replace(ON_POLICY, autocast_dtype="bfloat16")
+    update_policy(policy, build_optimizer(policy, training), make_batch(), training, 0)
+    assert set(seen) == {torch.bfloat16}
+    assert all(p.dtype == torch.float32 for p in policy.parameters())
+
+
+def test_bfloat16_policy_trains_in_bfloat16(tiny_model_dir: Path) -> None:
+    training = replace(ON_POLICY, dtype="bfloat16")
+    policy = load_policy(str(tiny_model_dir), training)
+    optimizer = build_optimizer(policy, training)
+    update_policy(policy, optimizer, make_batch(), training, 0)
+    assert all(p.dtype == torch.bfloat16 for p in policy.parameters())
+    assert all(state["exp_avg"].dtype == torch.bfloat16 for state in optimizer.state.values())
+
+
+def test_8_bit_adamw_stays_near_adamw(tiny_model_dir: Path, plain_weights: torch.Tensor) -> None:
+    pytest.importorskip("bitsandbytes")
+    start = torch.cat([p.detach().flatten() for p in load_policy(str(tiny_model_dir), ON_POLICY).parameters()])
+    eight_bit = weights_after_updates(tiny_model_dir, replace(ON_POLICY, use_bnb_adamw8bit=True))
+    moved, moved_plain = eight_bit - start, plain_weights - start
+    assert torch.nn.functional.cosine_similarity(moved, moved_plain, dim=0) > 0.9
+
+
+def test_optimizer_takes_every_hyperparameter_from_the_config(tiny_model_dir: Path) -> None:
+    training = replace(ON_POLICY, weight_decay=0.3, adam_beta1=0.8, adam_beta2=0.7, adam_eps=1e-3)
+    (group,) = build_optimizer(load_policy(str(tiny_model_dir), training), training).param_groups
+    assert (group["lr"], group["betas"], group["eps"]) == (1e-3, (0.8, 0.7), 1e-3)
+    assert (group["weight_decay"], group["fused"]) == (0.3, True)
+
+
+def test_what_cannot_be_loaded_is_told(tmp_path: Path, tiny_model_dir: Path) -> None:
+    with pytest.raises(ValueError, match=r"paths.model_path = '.*': cannot load a tokenizer"):
+        load_tokenizer(str(tmp_path))
+    with pytest.raises(ValueError, match=r"paths.model_path = '.*': cannot load the model"):
+        load_policy(str(tmp_path), ON_POLICY)
+    assert context_length(str(tiny_model_dir)) == 2048

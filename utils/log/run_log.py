@@ -1,0 +1,204 @@
+"""What a run says while it trains: the console, the JSONL files, and the tracker."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from utils.log.console import TrainingConsole
+from utils.log.files import (
+    METRICS_FILE,
+    ROLLOUTS_FILE,
+    STATUS_FILE,
+    STATUSES,
+    WARNINGS_FILE,
+    cut_rows,
+    encode_row,
+    write_atomically,
+)
+from utils.log.metrics import check_metric_names
+from utils.log.tracker import NullTracker, WandbTracker, describe, tracker_errors
+from utils.records import Reward, Rollout
+from utils.seeding import derive_seed
+
+
+class RunLog:
+    """The log of one run. `metrics.jsonl` is the source of truth; console and tracker show what it holds.
+
+    `grpo_step` counts completed steps in every call: 1 after the first, 0 for the evaluation before training.
+    Not-a-number and infinity are written as null, with a `nonfinite` entry in the row that says which it was.
+    Use it as a context manager, or call `close`, so that the terminal is given back.
+    """
+
+    def __init__(
+        self,
+        output_dir: Path,
+        *,
+        n_grpo_steps: int,
+        wandb_project: str = "",
+        wandb_run_name: str = "",
+        wandb_tags: Sequence[str] = (),
+        config: dict[str, Any] | None = None,
+        tracker_id: str | None = None,
+        resume_at: int | None = None,
+        evaluated_at: int | None = None,
+    ) -> None:
+        """Open the files of `output_dir`, made if need be.
+
+        `resume_at=k` goes on after GRPO step k, last evaluated at step `evaluated_at` (-1: not yet; None: at k): later
+        rows and rollouts are cut, so that each stands once, while warnings stay. `tracker_id` is the `tracker_id` of
+        the run that is resumed. Raises ValueError where metrics are there already and `resume_at` is None.
+        """
+        self._output_dir = Path(output_dir)
+        self._output_dir.mkdir(parents=True, exist_ok=True)
+        self._grpo_step = resume_at or 0
+        kept, complaints = self._prepare_files(resume_at, evaluated_at)
+        already_run = max((row["time"] for row in kept), default=0.0)
+        self._started = time.monotonic() - already_run
+        self._files = {name: (self._output_dir / name).open("a") for name in (METRICS_FILE, ROLLOUTS_FILE)}
+        self._console = TrainingConsole(n_grpo_steps, self._grpo_step)
+        for complaint in complaints:
+            self.warn(complaint)
+        self._tracker: NullTracker | WandbTracker = NullTracker(tracker_id)
+        if wandb_project:
+            with self._tracker_may_fail():
+                name = wandb_run_name or None
+                self._tracker = WandbTracker(self._output_dir, wandb_project, name, wandb_tags, config, tracker_id)
+                self._warn_if_offline()
+            self._started = time.monotonic() - already_run  # waiting for the tracker's server is no training time
+
+    def _prepare_files(self, resume_at: int | None, evaluated_at: int | None) -> tuple[list[dict], list[str]]:
+        metrics_file = self._output_dir / METRICS_FILE
+        if resume_at is None and metrics_file.exists():
+            raise ValueError(f"{metrics_file} is there already: resume that run, or choose another output_dir")
+        if resume_at is None:
+            return [], []
+        (self._output_dir / STATUS_FILE).unlink(missing_ok=True)
+        kept, complaints = cut_rows(metrics_file, resume_at, evaluated_at)
+        return kept, complaints + cut_rows(self._output_dir / ROLLOUTS_FILE, resume_at, evaluated_at)[1]
+
+    @property
+    def tracker_id(self) -> str | None:
+        """What a resumed run passes as `tracker_id`; None without a tracker."""
+        return self._tracker.run_id
+
+    @property
+    def time(self) -> float:
+        """Seconds this run has been running, its resumed parts added up."""
+        return time.monotonic() - self._started
+
+    def train_step(self, grpo_step: int, metrics: dict[str, float]) -> None:
+        """Log one GRPO step: `train/*` metrics, and `optimizer_step` beside them."""
+        check_metric_names((name for name in metrics if name != "optimizer_step"), "train/")
+        self._grpo_step = grpo_step
+        self._write_metrics({"grpo_step": grpo_step}, metrics)
+        self._console.train_step(grpo_step, metrics)
+
+    def evaluation(self, grpo_step: int, metrics: dict[str, float]) -> None:
+        """Log one evaluation: `eval/*` metrics and `train/eval_dt`, after `grpo_step` completed steps."""
+        check_metric_names((name for name in metrics if name != "train/eval_dt"), "eval/")
+        self._write_metrics({"eval_step": grpo_step}, metrics)
+        self._console.evaluation(grpo_step, metrics)
+
+    def rollouts(
+        self,
+        split: str,
+        grpo_step: int,
+        rollouts: Sequence[Rollout],
+        rewards: Sequence[Reward],
+        advantages: Sequence[float] | None = None,
+        *,
+        n: int,
+    ) -> None:
+        """Write n of the rollouts of a split: "train", "nonfinite", or "eval", which has the same problems every time.
+
+        The choice depends on split, step and number alone: no generator is drawn from, and a repeat chooses alike.
+        """
+        seed = derive_seed(0, f"logging/{split}", 0 if split == "eval" else grpo_step)
+        for i in sorted(random.Random(seed).sample(range(len(rollouts)), min(n, len(rollouts)))):
+            rollout, reward = rollouts[i], rewards[i]
+            row = {
+                "split": split,
+                "grpo_step": grpo_step,
+                "index": i,
+                "question": rollout.prompt.problem.question,
+                "prompt": rollout.prompt.text,
+                "response": rollout.response,
+                "truth": rollout.prompt.problem.answer,
+                "format_reward": float(reward.format),
+                "answer_reward": float(reward.answer),
+                "reward": float(reward.total),
+                "advantage": None if advantages is None else float(advantages[i]),
+                "finish_reason": rollout.finish_reason,
+                "response_length": len(rollout.response_ids),
+            }
+            self._write(ROLLOUTS_FILE, row)
+
+    def note(self, text: str) -> None:
+        """Print a line, above the progress bar."""
+        self._console.line(text)
+
+    def end_progress(self) -> None:
+        """End the progress bar where it is; lines that follow stand below it."""
+        self._console.close()
+
+    def warn(self, text: str) -> None:
+        """Print a warning and keep it in warnings.jsonl."""
+        self._console.line(f"warning: {text}", style="yellow")
+        row = {"grpo_step": self._grpo_step, "time": round(self.time, 3), "warning": text}
+        with (self._output_dir / WARNINGS_FILE).open("a") as file:
+            file.write(encode_row(row) + "\n")
+
+    def close(self, status: str, detail: str = "") -> None:
+        """Write status.json and let go of terminal, files and tracker. Called again, it does nothing.
+
+        `status` says how the run ended: finished, collapsed, interrupted, time_limit or failed.
+        """
+        if status not in STATUSES:
+            raise ValueError(f"status {status!r} is none of {', '.join(STATUSES)}")
+        if not self._files:
+            return
+        row = {"status": status, "grpo_step": self._grpo_step, "time": round(self.time, 3), "detail": detail}
+        write_atomically(self._output_dir / STATUS_FILE, encode_row(row) + "\n")
+        for file in self._files.values():
+            file.close()
+        self._files = {}
+        self._console.close()
+        with self._tracker_may_fail():
+            self._tracker.close(status)
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
+        status = "finished" if kind is None else "interrupted" if kind is KeyboardInterrupt else "failed"
+        self.close(status, "" if error is None else f"{kind.__name__}: {error}")
+
+    def _write(self, file_name: str, row: dict[str, Any]) -> None:
+        self._files[file_name].write(encode_row(row) + "\n")
+        self._files[file_name].flush()
+
+    def _write_metrics(self, axis: dict[str, int], metrics: dict[str, float]) -> None:
+        values = {name: int(v) if name == "optimizer_step" else float(v) for name, v in metrics.items()}
+        row = {**axis, "time": round(self.time, 3), **values}
+        self._write(METRICS_FILE, row)
+        with self._tracker_may_fail():
+            self._tracker.log(row)
+
+    @contextlib.contextmanager
+    def _tracker_may_fail(self) -> Iterator[None]:
+        """A tracker that fails is warned of once and left alone from then on."""
+        try:
+            yield
+        except tracker_errors() as error:
+            self._tracker = NullTracker(self._tracker.run_id)
+            self.warn(f"wandb failed, {METRICS_FILE} goes on without it: {describe(error)}")
+
+    def _warn_if_offline(self) -> None:
+        if self._tracker.offline_because:
+            reason = self._tracker.offline_because
+            self.warn(f"wandb: {reason}; kept offline, `wandb sync {self._output_dir}/wandb/offline-*` sends it later")

@@ -1,0 +1,270 @@
+"""The metrics of runs, read back from run folders, long CSV files or a tracker, whole or damaged."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import NamedTuple
+
+from utils.log.files import METRICS_FILE, RUN_INFO_FILE, STATUS_FILE, Row, read_rows
+
+CSV_COLUMNS = ("run_name", "metric", "step", "value")  # what every long CSV has
+OWN_CSV_COLUMNS = ("run_name", "seed", "metric", "step", "optimizer_step", "time", "value")  # what write_csv writes
+WANDB_PREFIX = "wandb:"
+UNKNOWN_ENDING = "unknown"
+UNFINISHED = "unfinished"
+
+
+class Point(NamedTuple):
+    """A metric's value at a GRPO step; NaN where it was not finite. Unknown axes are None."""
+
+    value: float
+    optimizer_step: int | None = None
+    time: float | None = None  # seconds
+
+
+@dataclass
+class Run:
+    """What one run logged: `curves[metric][grpo_step]`. Runs of one name are seeds of the same setting."""
+
+    name: str
+    origin: str  # the setting's folder, the file or the project; the seeds of a setting share it
+    place: str  # where exactly the run was read from
+    seed: int | None = None
+    ending: str = UNKNOWN_ENDING
+    curves: dict[str, dict[int, Point]] = field(default_factory=dict)
+
+    @property
+    def last_step(self) -> int:
+        return max((max(curve) for curve in self.curves.values() if curve), default=0)
+
+    @property
+    def seconds(self) -> float | None:
+        return max(
+            (p.time for curve in self.curves.values() for p in curve.values() if p.time is not None), default=None
+        )
+
+
+def load_runs(
+    sources: Iterable[str | Path], fetch_tracked: Callable[[str], list[Row]] | None = None
+) -> tuple[list[Run], list[str]]:
+    """Every run in the sources, and a complaint for each thing that is missing, damaged or ambiguous.
+
+    A source is a run folder, a folder of them (run/ or run/seed_n/), a long CSV file, or `wandb:entity/project`,
+    which `fetch_tracked` turns into rows of name, id, seed, ending and history (`tracker.fetch_wandb_runs`).
+    """
+    runs: list[Run] = []
+    complaints: list[str] = []
+    for source in map(str, sources):
+        try:
+            found, said = _load(source, fetch_tracked)
+        except (ValueError, OverflowError, csv.Error) as error:
+            found, said = [], [f"{source}: can't be read ({error})"]
+        runs += found
+        complaints += said
+    runs, said = tell_apart(runs)
+    return runs, complaints + said
+
+
+def _load(source: str, fetch_tracked: Callable[[str], list[Row]] | None) -> tuple[list[Run], list[str]]:
+    if source.startswith(WANDB_PREFIX):
+        assert fetch_tracked is not None, "the caller passes what reads a tracker"
+        project = source.removeprefix(WANDB_PREFIX)
+        return [run_from_tracker(project, row) for row in fetch_tracked(project)], []
+    if Path(source).is_dir():
+        return load_folder(Path(source))
+    if Path(source).is_file():
+        return load_csv(Path(source))
+    return [], [f"{source}: no such file or folder"]
+
+
+def load_folder(folder: Path) -> tuple[list[Run], list[str]]:
+    """The runs in a folder, itself one perhaps."""
+    names = (METRICS_FILE, RUN_INFO_FILE, STATUS_FILE)
+    run_folders = sorted({path.parent for name in names for path in folder.rglob(name)})
+    if not run_folders:
+        return [], [f"{folder}: no run in it (no {METRICS_FILE})"]
+    runs, complaints = [], []
+    for run_folder in run_folders:
+        if (run_folder / METRICS_FILE).exists():
+            run, said = load_run(run_folder)
+            runs.append(run)
+        else:
+            said = [f"{run_folder}: a run that has logged nothing (no {METRICS_FILE}), left out"]
+        complaints += said
+    return runs, complaints
+
+
+def load_run(folder: Path) -> tuple[Run, list[str]]:
+    """One run from its metrics.jsonl and status.json."""
+    rows, complaints = read_rows(folder / METRICS_FILE)
+    folder = folder.resolve()  # "." has no name
+    seed = re.fullmatch(r"seed_(\d+)", folder.name)
+    setting = folder.parent if seed else folder
+    run = Run(setting.name, str(setting), str(folder), int(seed[1]) if seed else None)
+    run.ending, said = read_ending(folder)
+    run.curves = curves_from_rows(rows)
+    if run.ending == UNFINISHED:
+        said.append(f"{folder}: not finished, shown up to GRPO step {run.last_step}")
+    return run, complaints + said
+
+
+def read_ending(folder: Path) -> tuple[str, list[str]]:
+    """How a run ended: the status in its status.json, or "unfinished"."""
+    path = folder / STATUS_FILE
+    if not path.exists():
+        return UNFINISHED, []
+    try:
+        return str(json.loads(path.read_text())["status"]), []
+    except (ValueError, KeyError, TypeError) as error:
+        return UNKNOWN_ENDING, [f"{path}: can't be read ({type(error).__name__}: {error})"]
+
+
+def curves_from_rows(rows: Iterable[Row]) -> dict[str, dict[int, Point]]:
+    """Rows of metrics.jsonl as curves; a step that is there twice counts as written last."""
+    curves: dict[str, dict[int, Point]] = {}
+    optimizer_steps = {0: 0}
+    for row in rows:
+        step = row.get("grpo_step", row.get("eval_step"))
+        if step is None:
+            continue
+        if row.get("optimizer_step") is not None:
+            optimizer_steps[step] = row["optimizer_step"]
+        for metric, value in row.items():
+            known = value is not None or metric in row.get("nonfinite", ())
+            if known and metric.startswith(("train/", "eval/")):
+                point = Point(_finite(value), optimizer_steps.get(step), row.get("time"))
+                curves.setdefault(metric, {})[int(step)] = point
+    return curves
+
+
+def _finite(value: float | str | None) -> float:
+    """The number, NaN in place of infinity and None."""
+    number = math.nan if value is None else float(value)
+    return number if math.isfinite(number) else math.nan
+
+
+def load_csv(path: Path) -> tuple[list[Run], list[str]]:
+    """The runs of a long CSV (run_name, metric, step, value; perhaps seed, optimizer_step, time).
+
+    Several values of a metric at one step, as a tracker writes one for each optimizer step, are averaged.
+    """
+    values: dict[tuple[str, int | None], dict[tuple[str, int], list[Point]]] = {}
+    complaints = []
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        missing = [name for name in CSV_COLUMNS if name not in (reader.fieldnames or [])]
+        if missing:
+            return [], [f"{path}: not a long CSV, no column {', '.join(missing)}"]
+        for row in reader:
+            try:
+                point = Point(_finite(row["value"]), _number(row, "optimizer_step", int), _number(row, "time", float))
+                place = (row["metric"], int(float(row["step"])))
+                run_key = (row["run_name"], _number(row, "seed", int))
+            except (TypeError, ValueError, OverflowError) as error:
+                complaints.append(f"{path}, line {reader.line_num}: left out ({error})")
+                continue
+            values.setdefault(run_key, {}).setdefault(place, []).append(point)
+    runs = []
+    for (name, seed), places in values.items():
+        run = Run(name, str(path), str(path), seed)
+        for (metric, step), points in places.items():
+            run.curves.setdefault(metric, {})[step] = points[-1]._replace(value=fmean(p.value for p in points))
+        runs.append(run)
+    return runs, complaints
+
+
+def _number(row: dict[str, str], column: str, kind: type[int] | type[float]) -> int | float | None:
+    return kind(row[column]) if row.get(column) else None
+
+
+def write_csv(runs: Sequence[Run], path: Path) -> None:
+    """The runs as a long CSV that load_csv reads back."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(OWN_CSV_COLUMNS)
+        for run in runs:
+            for metric, curve in sorted(run.curves.items()):
+                for step, (value, optimizer_step, time) in sorted(curve.items()):
+                    writer.writerow((run.name, run.seed, metric, step, optimizer_step, time, value))
+
+
+def run_from_tracker(project: str, tracked: Row) -> Run:
+    """A run from a tracker's name, id, seed, ending and history."""
+    origin = WANDB_PREFIX + project
+    run = Run(tracked["name"], origin, f"{origin}/{tracked['id']}", tracked["seed"], tracked["ending"])
+    run.curves = curves_from_rows(tracked["history"])
+    return run
+
+
+def tell_apart(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
+    """Runs of the same name that are not seeds of one setting get another name; a run given twice is there once."""
+    apart: list[Run] = []
+    complaints = []
+    owners: dict[str, str] = {}
+    given: set[tuple[str, str, int | None]] = set()
+    for run in runs:
+        name = run.name
+        if (name, run.place, run.seed) in given:
+            complaints.append(f"{run.place}: {name} was given twice, shown once")
+            continue
+        given.add((name, run.place, run.seed))
+        if owners.setdefault(run.name, run.origin) != run.origin:
+            origin = Path(run.origin)
+            run.name = f"{origin.stem if origin.suffix else origin.parent.name}/{name}"
+        same = any((run.name, run.seed) == (other.name, other.seed) for other in apart)
+        if same or owners.setdefault(run.name, run.origin) != run.origin:
+            run.name = f"{run.place}/{name}"
+        if run.name != name:
+            complaints.append(f"two runs are called {name}: the one in {run.place} is shown as {run.name}")
+        apart.append(run)
+    return apart, complaints
+
+
+@dataclass
+class Aggregate:
+    """One metric of one setting: mean, lowest and highest over the seeds, at the steps that all of them logged.
+
+    `tails` are the curves of single seeds beyond that, where others have ended: a mean of those left would mislead.
+    """
+
+    x: list[float] = field(default_factory=list)
+    mean: list[float] = field(default_factory=list)
+    low: list[float] = field(default_factory=list)
+    high: list[float] = field(default_factory=list)
+    tails: list[tuple[list[float], list[float]]] = field(default_factory=list)
+    n_seeds: int = 0
+
+
+def position(step: int, point: Point, axis: str) -> float | None:
+    """Where a point stands on an x axis; None where the run didn't log that."""
+    return {"grpo_step": step, "optimizer_step": point.optimizer_step, "time": point.time}[axis]
+
+
+def aggregate(curves: Sequence[dict[int, Point]], axis: str = "grpo_step") -> Aggregate:
+    """The seeds' curves of one metric as one. Values that were not finite stay NaN, a gap in the curve."""
+    placed = [
+        {step: (x, p.value) for step, p in sorted(c.items()) if (x := position(step, p, axis)) is not None}
+        for c in curves
+    ]
+    placed = [curve for curve in placed if curve]
+    result = Aggregate(n_seeds=len(placed))
+    shared = sorted(set.intersection(*map(set, placed))) if placed else []
+    for step in shared:
+        xs, values = zip(*(curve[step] for curve in placed), strict=True)
+        finite = not any(math.isnan(v) for v in values)
+        result.x.append(fmean(xs))
+        for series, of in ((result.mean, fmean), (result.low, min), (result.high, max)):
+            series.append(of(values) if finite else math.nan)
+    for curve in placed:
+        beyond = [step for step in curve if not shared or step > shared[-1]]
+        if beyond:
+            steps = shared[-1:] + beyond
+            result.tails.append(([curve[s][0] for s in steps], [curve[s][1] for s in steps]))
+    return result

@@ -1,0 +1,198 @@
+"""The names of the config's fields, and the values that they may take: one by one, and together."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from configs.defaults import Config, Paths, Training
+from utils.rewards.functions import REWARD_FNS
+
+
+class ConfigError(ValueError):
+    """A mistake in a config file or an override, told in one line."""
+
+
+def sections() -> dict[str, type]:
+    """The config's sections and their dataclasses, in order."""
+    return {field.name: field.default_factory for field in dataclasses.fields(Config)}
+
+
+def fields() -> dict[str, dataclasses.Field]:
+    """Every config field by its dotted name, `training.learning_rate`."""
+    return {f"{name}.{field.name}": field for name, cls in sections().items() for field in dataclasses.fields(cls)}
+
+
+LEAST_LIKENESS = 0.6  # of two names; below it a suggestion would be a guess
+
+
+def nearest(key: str, known: Iterable[str]) -> str | None:
+    """The known name most like `key`, None where none is like it. Names are compared without their sections first."""
+
+    def likeness(name: str) -> tuple[float, float]:
+        last, known_last = (text.rpartition(".")[2] for text in (key, name))
+        whole = difflib.SequenceMatcher(None, key, name).ratio()
+        alike = difflib.SequenceMatcher(None, last, known_last).ratio()
+        if len(last) > 1 and last == "".join(word[:1] for word in known_last.split("_")):  # lr for learning_rate
+            alike = 1.0
+        return (alike if "." in key else max(alike, whole)), whole
+
+    best = max(known, key=likeness)
+    return best if likeness(best)[0] >= LEAST_LIKENESS else None
+
+
+def check_config(config: Config, origins: Mapping[str, str] | None = None) -> None:
+    """Check every field's own rules, then the rules between fields. Raises ConfigError at the first fault."""
+
+    def named(key: str) -> str:
+        section, name = key.split(".")
+        origin = (origins or {}).get(key, "default")
+        return f"{key} = {getattr(getattr(config, section), name)!r} ({origin})"
+
+    for key, field in fields().items():
+        section, name = key.split(".")
+        complaint = _broken_rule(getattr(getattr(config, section), name), field.metadata)
+        if complaint:
+            raise ConfigError(f"{named(key)}: {complaint}{_what_null_is(field)}")
+    for keys, wrong, remedy in _rules_between(config):
+        if wrong:
+            raise ConfigError(f"{' and '.join(named(key) for key in keys)}: {remedy}")
+
+
+def _broken_rule(value: Any, rules: Mapping[str, Any]) -> str | None:
+    if value is None:
+        return None
+    if "choices" in rules and value not in rules["choices"]:
+        return f"choose one of: {', '.join(map(str, rules['choices']))}"
+    # written so that NaN breaks them
+    if "low" in rules and not value >= rules["low"]:
+        return f"must be at least {rules['low']}"
+    if "high" in rules and not value <= rules["high"]:
+        return f"must be at most {rules['high']}"
+    if "above" in rules and not value > rules["above"]:
+        return f"must be more than {rules['above']}"
+    if "below" in rules and not value < rules["below"]:
+        return f"must be less than {rules['below']}"
+    numbers = value.values() if isinstance(value, dict) else [value]
+    if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+        return "must be finite"
+    return None
+
+
+def _what_null_is(field: dataclasses.Field) -> str:
+    """What a field's doc says of null, for the end of a complaint; nothing where null is not allowed."""
+    if "None" not in str(field.type):
+        return ""
+    told = re.search(r"null\b[^;,]*", field.metadata["doc"])
+    return f"; {told[0] if told else 'null is off'}"
+
+
+Rule = tuple[tuple[str, ...], bool, str]  # fields, whether they are at odds, how to mend it
+
+
+def _rules_between(config: Config) -> list[Rule]:
+    return [
+        *_size_rules(config.training),
+        *_sampling_rules(config.training),
+        *_machine_rules(config.training),
+        *_path_rules(config.paths),
+        *_reward_rules("training.reward_fn", [config.training.reward_fn]),
+        *_reward_rules("training.extra_rewards", config.training.extra_rewards),
+    ]
+
+
+def _size_rules(t: Training) -> list[Rule]:
+    return [
+        (
+            ("training.rollout_batch_size", "training.group_size"),
+            t.rollout_batch_size % t.group_size != 0,
+            "rollouts do not divide into groups; make the first a multiple of the second",
+        ),
+        (
+            ("training.rollout_batch_size", "training.train_batch_size"),
+            t.rollout_batch_size % t.train_batch_size != 0,
+            "rollouts do not divide into train batches; make the first a multiple of the second",
+        ),
+        (
+            ("training.train_batch_size", "training.gradient_accumulation_steps"),
+            t.train_batch_size % t.gradient_accumulation_steps != 0,
+            "a train batch does not divide into microbatches; make the first a multiple of the second",
+        ),
+        (
+            ("training.group_size", "training.loss_type"),
+            t.group_size == 1 and t.loss_type != "no_baseline",
+            "alone in its group every advantage is 0; take a group_size of 2 or more, or loss_type no_baseline",
+        ),
+        (
+            ("training.group_size", "training.use_std_normalization"),
+            t.group_size == 1 and t.use_std_normalization,
+            "a group of 1 has no standard deviation; turn use_std_normalization off",
+        ),
+        (
+            ("training.normalize_mode", "training.gradient_accumulation_steps"),
+            t.normalize_mode == "microbatch" and t.gradient_accumulation_steps == t.train_batch_size,
+            "a microbatch of one rollout makes this mode the same as mean; lower gradient_accumulation_steps",
+        ),
+    ]
+
+
+def _sampling_rules(t: Training) -> list[Rule]:
+    return [
+        (
+            ("training.stop",),
+            "" in t.stop,
+            "an empty stop string would end every response at once; leave it out",
+        ),
+        (
+            ("training.min_tokens", "training.max_tokens"),
+            t.min_tokens > t.max_tokens,
+            "the shortest response is longer than the longest; lower min_tokens",
+        ),
+        (
+            ("training.system_prompt", "training.use_chat_template"),
+            bool(t.system_prompt) and not t.use_chat_template,
+            "a system prompt is only read with a chat template; set use_chat_template, or empty it",
+        ),
+    ]
+
+
+def _machine_rules(t: Training) -> list[Rule]:
+    return [
+        (
+            ("training.attention_type", "training.dtype"),
+            t.attention_type.startswith("flash") and t.dtype == "float32" and t.autocast_dtype is None,
+            "flash attention computes in 16 bits; set autocast_dtype to bfloat16, or attention_type to sdpa",
+        ),
+        (
+            ("training.autocast_dtype", "training.dtype"),
+            t.autocast_dtype is not None and t.dtype != "float32",
+            "autocast is for float32 weights; set training.dtype to float32, or autocast_dtype to null",
+        ),
+        (
+            ("training.device",),
+            re.fullmatch(r"cpu|cuda(:\d+)?", t.device) is None,
+            "must be cpu, cuda, or cuda:N",
+        ),
+    ]
+
+
+def _path_rules(paths: Paths) -> Iterator[Rule]:
+    yield ("paths.output_dir",), not paths.output_dir, "give the folder that the run is to write"
+    for name, path in vars(paths).items():
+        yield (
+            (f"paths.{name}",),
+            path.startswith("~"),
+            "nothing puts the home folder in place of ~; write the whole path",
+        )
+
+
+def _reward_rules(key: str, names: Iterable[str]) -> Iterator[Rule]:
+    for name in names:
+        like = nearest(name, REWARD_FNS)
+        guess = f"did you mean {like!r}? There" if like else "there"
+        remedy = f"no reward function {name!r}; {guess} are: {', '.join(REWARD_FNS)}"
+        yield (key,), name not in REWARD_FNS, remedy

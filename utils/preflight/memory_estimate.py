@@ -1,0 +1,144 @@
+"""An estimate of a run's peak memory, by part, from the model's config.json. Nothing is loaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from configs.defaults import Config
+
+GIB = 2**30
+BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+# What the CUDA context, the libraries' workspaces and the allocator's unused gaps take beside tensors: an allowance,
+# not a measurement.
+CUDA_ALLOWANCE = 1 * GIB
+
+
+def count_parameters(model_config: dict[str, Any]) -> dict[str, int]:
+    """Parameters of a Qwen2- or Llama-like model by part, from its config.json: `embeddings` (head included),
+    `layers`, and their `total`. Biases and norms, well under a thousandth, are counted as Qwen2 has them.
+
+    Raises ValueError where the config lacks a size that the count needs.
+    """
+    sizes = _sizes(model_config)
+    hidden, intermediate, q, kv = sizes["hidden"], sizes["intermediate"], sizes["q"], sizes["kv"]
+    attention = hidden * (q + 2 * kv) + q * hidden + (q + 2 * kv)
+    layer = attention + 3 * hidden * intermediate + 2 * hidden
+    n_tables = 1 if model_config.get("tie_word_embeddings", True) else 2
+    parts = {"embeddings": n_tables * sizes["vocabulary"] * hidden, "layers": sizes["n_layers"] * layer + hidden}
+    return parts | {"total": sum(parts.values())}
+
+
+def estimate_peak_memory(
+    model_config: dict[str, Any],
+    config: Config,
+    longest_sequence: int,
+    device_memory: int | None = None,
+    uses_vllm: bool = True,
+) -> dict[str, int]:
+    """Bytes by part of the step's peak, from the model's config.json.
+
+    Args:
+        model_config: config.json as a dict, of a Qwen2- or Llama-like model.
+        config: the run's configuration.
+        longest_sequence: tokens of the longest prompt and response together.
+        device_memory: bytes that the GPU has in all, which vLLM takes a share of; None on the CPU.
+        uses_vllm: whether the rollout engine is vLLM.
+
+    Returns:
+        `weights`, `gradients`, `optimizer`, `activations` (kept for the backward pass of the largest microbatch),
+        `log_probs` (a chunk of logits, and the head's gradient), `vllm_awake`, `vllm_asleep`; `allowance` for what no
+        tensor holds; and the peaks of the phases, `rollout_peak` and `training_peak`.
+    """
+    training, sizes, bytes_each = config.training, _sizes(model_config), BYTES[config.training.dtype]
+    n_parameters = count_parameters(model_config)["total"]
+    n_sequences = training.microbatch_size
+    if training.max_tokens_per_microbatch is not None:
+        n_sequences = max(1, min(training.train_batch_size, training.max_tokens_per_microbatch // longest_sequence))
+    n_tokens = n_sequences * longest_sequence
+    n_response_tokens = min(n_tokens, n_sequences * training.max_tokens)
+
+    # 8-bit Adam: two bytes and, for every block of 256, two float32 scales
+    optimizer = n_parameters * (2 + 8 / 256) if training.use_bnb_adamw8bit else 2 * n_parameters * bytes_each
+    parts = {
+        "weights": n_parameters * bytes_each,
+        "gradients": n_parameters * bytes_each,
+        "optimizer": int(optimizer),
+        "activations": _activations(sizes, config, n_tokens, longest_sequence, n_parameters),
+        "log_probs": _log_probs(sizes, config, n_response_tokens),
+        **_vllm(config, n_parameters, device_memory, uses_vllm),
+        "allowance": CUDA_ALLOWANCE if device_memory is not None else 0,
+    }
+    resting = parts["weights"] + parts["optimizer"] + parts["allowance"]
+    parts["rollout_peak"] = resting + parts["vllm_awake"]
+    parts["training_peak"] = (
+        resting + parts["vllm_asleep"] + sum(parts[name] for name in ("gradients", "activations", "log_probs"))
+    )
+    return parts
+
+
+def _sizes(model_config: dict[str, Any]) -> dict[str, int]:
+    """The sizes that a config.json gives, under short names; `q` and `kv` are the widths of queries and of keys."""
+    text_config = model_config.get("text_config", model_config)
+    try:
+        heads = text_config["num_attention_heads"]
+        head_dim = text_config.get("head_dim") or text_config["hidden_size"] // heads
+        return {
+            "vocabulary": text_config["vocab_size"],
+            "hidden": text_config["hidden_size"],
+            "intermediate": text_config["intermediate_size"],
+            "n_layers": text_config["num_hidden_layers"],
+            "heads": heads,
+            "q": heads * head_dim,
+            "kv": (text_config.get("num_key_value_heads") or heads) * head_dim,
+        }
+    except KeyError as error:
+        raise ValueError(f"the model's config.json has no {error}, so its memory cannot be estimated") from error
+
+
+def _activations(sizes: dict[str, int], config: Config, n_tokens: int, longest_sequence: int, n_parameters: int) -> int:
+    """What autograd keeps of a forward pass, as transformers' Qwen2 writes it, plus autocast's copy of the weights."""
+    training = config.training
+    autocast = training.autocast_dtype is not None
+    bytes_each = BYTES[training.autocast_dtype or training.dtype]
+    hidden = sizes["hidden"]
+    # two norms keep float32 input, normalized input and output; attention q, k, v, output and a log-sum-exp; the MLP
+    # gate, its activation, up, and their product
+    norm = (4 + 2 * bytes_each) * hidden + 4
+    layer = 2 * norm + bytes_each * (2 * sizes["q"] + 2 * sizes["kv"] + 4 * sizes["intermediate"]) + 4 * sizes["heads"]
+    if training.use_packing:
+        layer += bytes_each * sizes["q"]  # attention's output, put back into the row
+    if training.attention_type == "eager":
+        # softmax in float32 and its copy in the dtype; what the packed version does not keep: output and log-sum-exp
+        layer += (4 + bytes_each % 4) * sizes["heads"] * longest_sequence
+        if training.use_packing:
+            layer -= bytes_each * sizes["q"] + 4 * sizes["heads"]
+        else:  # keys and values repeated for every query head
+            layer += 2 * bytes_each * (sizes["q"] - sizes["kv"])
+    if training.use_gradient_checkpointing:
+        # the residual stream at every layer's start, and one layer computed again
+        per_token = sizes["n_layers"] * BYTES[training.dtype] * hidden + layer
+    else:
+        per_token = sizes["n_layers"] * layer
+    return n_tokens * (per_token + norm) + (n_parameters * bytes_each if autocast else 0)
+
+
+def _log_probs(sizes: dict[str, int], config: Config, n_response_tokens: int) -> int:
+    """The larger of the head's passes over a chunk, as utils/algorithm/log_probs.py makes them."""
+    bytes_each = BYTES[config.training.autocast_dtype or config.training.dtype]
+    logits = min(config.training.log_prob_chunk_size, n_response_tokens) * sizes["vocabulary"]
+    forward = 8 * logits  # log-softmax and, for the entropy, its exponential, both float32
+    # log-softmax in float32, its gradient in the weight's dtype (in place for float32), the gradient of the weight
+    backward = (4 + bytes_each % 4) * logits + bytes_each * sizes["vocabulary"] * sizes["hidden"]
+    return max(forward, backward)
+
+
+def _vllm(config: Config, n_parameters: int, device_memory: int | None, uses_vllm: bool) -> dict[str, int]:
+    """What vLLM takes awake and asleep. On CUDA both are shares of the device's memory; the CPU build never sleeps."""
+    if not uses_vllm:
+        awake = asleep = 0
+    elif device_memory is None:
+        awake = asleep = n_parameters * BYTES[config.vllm.dtype] + config.vllm.cpu_kv_cache_mb * 2**20
+    else:
+        awake = int(config.vllm.gpu_memory_utilization * device_memory)
+        asleep = 0 if config.training.use_vllm_sleep_mode else awake  # both levels free weights and cache on the device
+    return {"vllm_awake": awake, "vllm_asleep": asleep}

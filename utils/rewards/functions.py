@@ -1,0 +1,161 @@
+"""Reward functions, and the one dict that names them.
+
+Each takes a whole batch of rollouts and a `Grader`, so that one batch is one grading call. A main function gives
+format, answer and total, where total is 1 only for a right answer in the right format. The shaped ones at the end of
+the dict only add to a total: list them under `extra_rewards` with a weight.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Sequence
+
+from utils.records import Reward, Rollout
+from utils.rewards.grader import Grader, Truth, last_box
+
+RewardFn = Callable[[Sequence[Rollout], Grader], list[Reward]]
+
+THINK_THEN_ANSWER = re.compile(r"</think>(?P<gap>\s*)<answer>(?P<answer>.*)</answer>\s*\Z", re.DOTALL)
+TAGS = ("</think>", "<answer>", "</answer>")
+GSM8K_ANSWER = re.compile(r"####[ \t]*(?P<marked>[^\n]*)|<answer>(?P<tagged>(?:(?!<answer>).)*?)</answer>", re.DOTALL)
+# The opening tag may stand in the prompt, so a response may begin inside the reasoning.
+SOFT_XML = re.compile(r"</(?:think|reasoning)>\s*<answer>.*?</answer>", re.DOTALL)
+STRICT_XML = re.compile(
+    r"(?:<(?P<tag>think|reasoning)>\n)?+(?:(?!<answer>).)*?\n</(?(tag)(?P=tag)|(?:think|reasoning))>\n"
+    r"<answer>\n(?:(?!</?answer>).)+\n</answer>\n?\Z",
+    re.DOTALL,
+)
+END_TOKEN = re.compile(r"<\|im_end\|>|<\|endoftext\|>|<\|eot_id\|>|<\|end_of_text\|>|<end_of_turn>|<eos>|</s>")
+PENALTY_PER_END_TOKEN = 0.1
+
+
+def r1_zero_answer(response: str, strict: bool = True) -> str | None:
+    """The answer of a response formatted as `... </think> <answer> ... </answer>`, None where it is not so formatted.
+
+    Each tag stands there once and nothing but white space follows. `strict` asks for one space between the two tags.
+    """
+    if any(response.count(tag) != 1 for tag in TAGS):
+        return None
+    match = THINK_THEN_ANSWER.search(response)
+    if match is None or (strict and match["gap"] != " "):
+        return None
+    box = last_box(match["answer"])
+    return (match["answer"].strip() if box is None else box) or None
+
+
+def question_only_answer(response: str) -> str | None:
+    """What the last balanced `\\boxed{...}` or `\\fbox{...}` holds; None where there is no box, or an empty one."""
+    return last_box(response) or None
+
+
+def gsm8k_answer(response: str) -> str | None:
+    """The last `#### x` or `<answer>x</answer>`; None where there is neither."""
+    answers = [match["marked"] or match["tagged"] or "" for match in GSM8K_ANSWER.finditer(response)]
+    return (answers[-1].strip() or None) if answers else None
+
+
+def graded(extract: Callable[[str], str | None]) -> RewardFn:
+    """The reward function that grades what `extract` finds; a response where it finds nothing has no format."""
+
+    def reward_fn(rollouts: Sequence[Rollout], grader: Grader) -> list[Reward]:
+        answers = [extract(rollout.response) for rollout in rollouts]
+        formatted = [i for i, answer in enumerate(answers) if answer is not None]
+        verdicts = grader.grade([(answers[i], rollouts[i].prompt.problem.answer) for i in formatted])
+        rewards = [Reward(format=0.0, answer=0.0, total=0.0)] * len(rollouts)
+        for i, right in zip(formatted, verdicts, strict=True):
+            rewards[i] = Reward(format=1.0, answer=float(right), total=float(right))
+        return rewards
+
+    return reward_fn
+
+
+def shaped(measure: Callable[[str], float]) -> RewardFn:
+    """The additive reward function whose total is `measure` of the response."""
+
+    def reward_fn(rollouts: Sequence[Rollout], grader: Grader) -> list[Reward]:
+        return [Reward(format=0.0, answer=0.0, total=measure(rollout.response)) for rollout in rollouts]
+
+    return reward_fn
+
+
+def soft_xml_format(response: str) -> float:
+    """1 where closed reasoning is followed by a closed `<answer>`, whatever the white space and whatever follows."""
+    return float(SOFT_XML.search(response) is not None)
+
+
+def strict_xml_format(response: str) -> float:
+    """1 where every tag has a line of its own, in order, and nothing follows. The first opening tag may be missing."""
+    return float(STRICT_XML.match(response) is not None)
+
+
+def integer_answer(response: str) -> float:
+    """1 where the answer, by whichever marker it is given, is an integer and nothing else."""
+    answer = gsm8k_answer(response) or question_only_answer(response) or ""
+    return float(re.fullmatch(r"[+-]?\d{1,3}(?:,\d{3})+|[+-]?\d+", answer) is not None)
+
+
+def end_token_penalty(response: str) -> float:
+    """-0.1 for every end token after the first, down to -1: a model that fills its length with them has learnt to."""
+    return -min(1.0, PENALTY_PER_END_TOKEN * max(0, len(END_TOKEN.findall(response)) - 1))
+
+
+REWARD_FNS: dict[str, RewardFn] = {
+    "r1_zero": graded(r1_zero_answer),
+    "r1_zero_lenient": graded(functools.partial(r1_zero_answer, strict=False)),
+    "question_only": graded(question_only_answer),
+    "gsm8k": graded(gsm8k_answer),
+    "soft_xml_format": shaped(soft_xml_format),
+    "strict_xml_format": shaped(strict_xml_format),
+    "integer_answer": shaped(integer_answer),
+    "end_token_penalty": shaped(end_token_penalty),
+}
+
+
+def find_reward_fn(name: str) -> RewardFn:
+    if name not in REWARD_FNS:
+        raise ValueError(f"unknown reward function {name!r}; choose from {', '.join(REWARD_FNS)}")
+    return REWARD_FNS[name]
+
+
+class RewardScorer:
+    """Scores batches of rollouts: the main reward function, plus the weighted totals of the extra ones.
+
+    Raises ValueError for a name that REWARD_FNS does not have.
+    """
+
+    def __init__(self, reward_fn: str, extra_rewards: dict[str, float], grader: Grader):
+        self.grader = grader
+        self.main = find_reward_fn(reward_fn)
+        self.extras = [(find_reward_fn(name), weight) for name, weight in extra_rewards.items()]
+
+    def score(self, rollouts: Sequence[Rollout]) -> list[Reward]:
+        """One Reward a rollout, in order; `format` and `answer` are the main function's."""
+        rewards = self.main(rollouts, self.grader)
+        for reward_fn, weight in self.extras:
+            extra = reward_fn(rollouts, self.grader)
+            rewards = [
+                Reward(format=reward.format, answer=reward.answer, total=reward.total + weight * more.total)
+                for reward, more in zip(rewards, extra, strict=True)
+            ]
+        return rewards
+
+
+@functools.cache
+def _shared_grader() -> Grader:
+    return Grader()
+
+
+def _score_one(answer: str | None, ground_truth: Truth) -> dict[str, float]:
+    right = answer is not None and _shared_grader().grade([(answer, ground_truth)])[0]
+    return {"format_reward": float(answer is not None), "answer_reward": float(right), "reward": float(right)}
+
+
+def r1_zero_reward_fn(response: str, ground_truth: Truth) -> dict[str, float]:
+    """CS336's signature for `r1_zero`: format_reward, answer_reward and reward, each 0.0 or 1.0."""
+    return _score_one(r1_zero_answer(response), ground_truth)
+
+
+def question_only_reward_fn(response: str, ground_truth: Truth) -> dict[str, float]:
+    """CS336's signature for `question_only`: format_reward, answer_reward and reward, each 0.0 or 1.0."""
+    return _score_one(question_only_answer(response), ground_truth)

@@ -1,0 +1,200 @@
+"""Build the parts of a run from its config; a start that is refused leaves its output folder as it was."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TextIO
+
+import torch
+from safetensors import SafetensorError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from configs.defaults import Config
+from utils.algorithm.policy import build_optimizer, context_length, load_policy, load_tokenizer
+from utils.engines import build_engine
+from utils.log.files import CONFIG_FILE, METRICS_FILE, claimed, save_run_info
+from utils.log.run_log import RunLog
+from utils.preflight.config import ConfigError, save_config, to_dict
+from utils.preflight.obstacles import output_obstacles, refuse
+from utils.problems import ProblemStream, build_prompts, fixed_subset, load_problems, load_template
+from utils.records import Prompt, RolloutEngine
+from utils.rewards.functions import RewardScorer
+from utils.rewards.grader import Grader
+from utils.run.checkpoint import Checkpoints, TrainState
+from utils.run.ending import StopRequest, TimeLimit
+from utils.run.guard import Advisor, CollapseGuard
+from utils.run.memory_tracker import MemoryTracker
+from utils.run.run import Run
+from utils.run.trial import try_longest_microbatch
+from utils.seeding import restore_random_state, seed_everything
+
+
+def build_run(config: Config, resume: bool, allow_changes: bool, stop: StopRequest, limit: TimeLimit) -> Run:
+    """Everything that `train` needs, from the newest checkpoint in `output_dir` where `resume`.
+
+    Raises ValueError for what the user can mend: a model that does not load, a folder that holds a run, a changed
+    config. Then the output folder is as it was before.
+    """
+    device = config.training.device
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"training.device = {device!r}: torch finds no GPU that it can use; set training.device=cpu")
+    with claimed(Path(config.paths.output_dir)) as lock:
+        checkpoint = find_checkpoint(config, resume, allow_changes)
+        return assemble(config, checkpoint, resume, stop, limit, lock)
+
+
+def assemble(
+    config: Config, checkpoint: Path | None, resume: bool, stop: StopRequest, limit: TimeLimit, lock: TextIO
+) -> Run:
+    """Load, build and restore the parts of a run, and begin to write its files."""
+    t, output_dir = config.training, Path(config.paths.output_dir)
+    model_path = config.paths.model_path if checkpoint is None else str(checkpoint)
+    tokenizer = load_tokenizer(model_path)
+    train_prompts, notes = load_prompts(config, config.paths.train_data_file, tokenizer)
+    validation_prompts, more_notes = load_prompts(config, config.paths.val_data_file, tokenizer)
+    longest_prompt = max(len(prompt.token_ids) for prompt in (*train_prompts, *validation_prompts))
+    with telling_of_damage(checkpoint):
+        policy, optimizer, engine = build_learner(config, model_path, tokenizer, longest_prompt)
+    stop.install()  # vLLM and others may have put handlers of their own in place
+
+    problem_stream, guard, advisor = ProblemStream(train_prompts, t.seed), CollapseGuard(config), Advisor(config)
+    checkpoints = Checkpoints(output_dir / "checkpoints", t.checkpoint_keep)
+    state = TrainState(problem_stream=problem_stream.state_dict())
+    if checkpoint is not None:
+        state = restore(checkpoint, checkpoints, optimizer, problem_stream, guard, advisor)
+        if state.skipped_in_a_row >= t.max_nonfinite_steps:  # what ended the run; a resume is another try
+            state = replace(state, skipped_in_a_row=0)
+    log = open_log(config, resume, state, engine.name, [*notes, *more_notes])
+    if checkpoint is not None:
+        restore_random_state(state.random)  # last: loading models, engine and tracker draws from these generators
+    return Run(
+        config=config,
+        policy=policy,
+        tokenizer=tokenizer,
+        optimizer=optimizer,
+        engine=engine,
+        scorer=RewardScorer(t.reward_fn, t.extra_rewards, Grader(**to_dict(config)["grader"])),
+        problem_stream=problem_stream,
+        validation_prompts=fixed_subset(validation_prompts, t.max_val_examples, t.seed),
+        checkpoints=checkpoints,
+        guard=guard,
+        advisor=advisor,
+        log=log,
+        memory=MemoryTracker(torch.device(t.device), t.track_peak_memory),
+        stop=stop,
+        limit=limit,
+        state=state,
+        lock=lock,
+    )
+
+
+def build_learner(
+    config: Config, model_path: str, tokenizer: PreTrainedTokenizerBase, longest_prompt: int
+) -> tuple[PreTrainedModel, torch.optim.Optimizer, RolloutEngine]:
+    """The policy, its optimizer and the engine that samples from it; on a GPU, a longest-case microbatch is tried."""
+    t = config.training
+    seed_everything(t.seed)
+    policy = load_policy(model_path, t)
+    optimizer = build_optimizer(policy, t)
+    engine = build_engine(config, policy, tokenizer, longest_prompt=longest_prompt)
+    if t.try_longest_microbatch and t.device.startswith("cuda"):  # on the CPU the system ends a process without a word
+        engine.sleep()  # as it will while the policy trains
+        try_longest_microbatch(policy, t, longest_prompt)
+        engine.update_weights(policy)
+    return policy, optimizer, engine
+
+
+@contextlib.contextmanager
+def telling_of_damage(checkpoint: Path | None) -> Iterator[None]:
+    """Names the checkpoint of the run whose weights cannot be read, and what there is to go on from without it."""
+    try:
+        yield
+    except ValueError as error:
+        if checkpoint is None or not isinstance(error.__cause__, SafetensorError):
+            raise
+        older = max((path for path in checkpoint.parent.glob("step_*") if path.name < checkpoint.name), default=None)
+        then = f"goes on from {older}" if older else "begins anew"
+        raise ConfigError(
+            f"the checkpoint {checkpoint} is damaged ({error.__cause__}); delete that folder, and --resume {then}"
+        ) from error
+
+
+def restore(
+    checkpoint: Path,
+    checkpoints: Checkpoints,
+    optimizer: torch.optim.Optimizer,
+    problem_stream: ProblemStream,
+    guard: CollapseGuard,
+    advisor: Advisor,
+) -> TrainState:
+    """Put every part that has a state back to where it was when the checkpoint was saved."""
+    state = checkpoints.load(checkpoint, optimizer)
+    problem_stream.load_state_dict(state.problem_stream)
+    guard.load_state_dict(state.guard)
+    advisor.load_state_dict(state.advisor)
+    return state
+
+
+def find_checkpoint(config: Config, resume: bool, allow_changes: bool) -> Path | None:
+    """The checkpoint to go on from, None to begin. Raises ConfigError where the folder's run forbids either."""
+    refuse(output_obstacles(config, resume, allow_changes))  # asked before; another process may have come since
+    checkpoints = Path(config.paths.output_dir) / "checkpoints"
+    return Checkpoints(checkpoints, config.training.checkpoint_keep).newest() if resume else None
+
+
+def load_prompts(config: Config, path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Prompt], list[str]]:
+    """The prompts of a data file, and what is to be said about rows that were left out."""
+    t = config.training
+    longest = t.max_prompt_tokens
+    if longest is None:
+        longest = context_length(config.paths.model_path) - t.max_tokens
+        if longest < 1:
+            raise ConfigError(
+                f"training.max_tokens = {t.max_tokens} leaves no room for a prompt in the model's context of "
+                f"{longest + t.max_tokens} tokens; lower it"
+            )
+    template = load_template(config.paths.prompt_template_file)
+    problems = load_problems(path)
+    prompts, n_left_out = build_prompts(problems, template, tokenizer, longest, t.use_chat_template, t.system_prompt)
+    left_out = f"{path}: left out {n_left_out} of {len(problems)} problems, their prompts are over {longest} tokens"
+    return prompts, [left_out] if n_left_out else []
+
+
+def open_log(config: Config, resume: bool, state: TrainState, engine_name: str, notes: list[str]) -> RunLog:
+    """Open the run's log; write down its config, and what it runs on; say where it stands and what is worth knowing."""
+    t, output_dir = config.training, Path(config.paths.output_dir)
+    resumes_run = resume and (output_dir / METRICS_FILE).exists()
+    log = RunLog(
+        output_dir,
+        n_grpo_steps=t.n_grpo_steps,
+        wandb_project=t.wandb_project,
+        wandb_run_name=t.wandb_run_name,
+        wandb_tags=t.wandb_tags,
+        config=to_dict(config),
+        tracker_id=state.tracker_id,
+        resume_at=state.grpo_step if resumes_run else None,
+        evaluated_at=-1 if state.evaluated_step is None else state.evaluated_step,
+    )
+    save_config(config, output_dir / CONFIG_FILE)
+    save_run_info(output_dir, t.seed)
+    if resume:
+        log.note(what_resume_found(output_dir, state.grpo_step, t.n_grpo_steps))
+    log.note(f"rollouts by the {engine_name} engine")
+    for note in notes:
+        log.warn(note)
+    return log
+
+
+def what_resume_found(output_dir: Path, grpo_step: int, n_grpo_steps: int) -> str:
+    """A line about where the run in the folder stood."""
+    if grpo_step == 0:
+        return f"no checkpoint in {output_dir} yet: starting from the beginning"
+    if grpo_step < n_grpo_steps:
+        return f"resuming after GRPO step {grpo_step} of {n_grpo_steps}"
+    return (
+        f"{output_dir} holds a run that has done {grpo_step} of {n_grpo_steps} GRPO steps: nothing is left to train; "
+        "to run it again, delete that folder or set another paths.output_dir"
+    )

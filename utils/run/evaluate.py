@@ -1,0 +1,66 @@
+"""Score a fixed problem set through any engine, and say in numbers how responses did."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from utils.records import Prompt, Reward, Rollout, RolloutEngine
+from utils.rewards.functions import RewardScorer
+
+
+def evaluate(
+    engine: RolloutEngine,
+    prompts: Sequence[Prompt],
+    scorer: RewardScorer,
+    seed: int,
+    n: int = 1,
+    temperature: float | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> tuple[dict[str, float], list[Rollout], list[Reward]]:
+    """Sample n responses a prompt and score them: (`eval/*` metrics, rollouts, rewards), a prompt's side by side.
+
+    The seed is the evaluation's own and the same every time, so that differences are the policy's. `temperature` and
+    `stop` as in `RolloutEngine.generate`: all three are empty where the generation was stopped.
+    """
+    rollouts = engine.generate(prompts, n=n, seed=seed, temperature=temperature, label="evaluation", stop=stop)
+    if not rollouts:
+        return {}, [], []
+    rewards = scorer.score(rollouts)
+    metrics = response_metrics("eval", rollouts, rewards)
+    per_problem = [mean([r.total for r in rewards[i : i + n]]) for i in range(0, len(rewards), n)]
+    metrics["eval/reward_std_error"] = standard_error(per_problem)
+    return metrics, rollouts, rewards
+
+
+def response_metrics(prefix: str, rollouts: Sequence[Rollout], rewards: Sequence[Reward]) -> dict[str, float]:
+    """Mean rewards, response length in tokens, and the share that ran into max_tokens."""
+    return {
+        f"{prefix}/reward": mean([reward.total for reward in rewards]),
+        f"{prefix}/format_reward": mean([reward.format for reward in rewards]),
+        f"{prefix}/answer_reward": mean([reward.answer for reward in rewards]),
+        f"{prefix}/mean_response_length": mean([len(rollout.response_ids) for rollout in rollouts]),
+        f"{prefix}/frac_truncated": mean([rollout.truncated for rollout in rollouts]),
+    }
+
+
+def pass_at_k(n: int, n_right: int, k: int) -> float:
+    """Unbiased estimate of the chance that one of k samples is right, from n samples of which n_right are.
+
+    1 - C(n - n_right, k) / C(n, k): Chen et al. 2021, "Evaluating Large Language Models Trained on Code", equation 1.
+    """
+    if not 1 <= k <= n:
+        raise ValueError(f"pass@{k} needs at least {k} samples a problem, there are {n}")
+    return 1.0 - math.comb(n - n_right, k) / math.comb(n, k)
+
+
+def mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Of the mean, from the unbiased variance; 0 for a single value."""
+    if len(values) < 2:
+        return 0.0
+    centre = mean(values)
+    return math.sqrt(math.fsum((v - centre) ** 2 for v in values) / (len(values) - 1) / len(values))

@@ -1,0 +1,300 @@
+"""A run: its parts, and what happens around the algorithm: evaluating, logging, saving, ending."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+from typing import TextIO
+
+import torch
+
+from configs.defaults import Config
+from utils.algorithm.losses import zero_std_groups
+from utils.algorithm.update import UpdateResult
+from utils.log.run_log import RunLog
+from utils.plots.figures import reward_curve
+from utils.preflight.obstacles import estimated_memory
+from utils.problems import ProblemStream
+from utils.records import Prompt, Reward, Rollout, RolloutEngine
+from utils.rewards.functions import RewardScorer
+from utils.run.checkpoint import Checkpoints, TrainState
+from utils.run.closing import closing_lines
+from utils.run.ending import Status, StopRequest, TimeLimit
+from utils.run.engine_check import self_check
+from utils.run.evaluate import evaluate, response_metrics
+from utils.run.guard import Advisor, CollapseGuard, Verdict
+from utils.run.memory_tracker import MemoryTracker, peak_memory_metrics
+from utils.seeding import capture_random_state, derive_seed
+
+
+@dataclass
+class Run:
+    """The parts of a run and `state`, where it stands between two GRPO steps.
+
+    `state` is replaced as a whole when a step is done, so that a step which is given up half-way leaves no trace in it.
+    """
+
+    config: Config
+    policy: torch.nn.Module
+    tokenizer: object
+    optimizer: torch.optim.Optimizer
+    engine: RolloutEngine
+    scorer: RewardScorer
+    problem_stream: ProblemStream
+    validation_prompts: Sequence[Prompt]
+    checkpoints: Checkpoints
+    guard: CollapseGuard
+    advisor: Advisor
+    log: RunLog
+    memory: MemoryTracker
+    stop: StopRequest
+    limit: TimeLimit
+    state: TrainState
+    lock: TextIO
+    verdict: Verdict | None = None
+    engine_checked: bool = False
+    step_started: float = 0.0
+    step_metrics: dict[str, float] = field(default_factory=dict)
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Close everything. A run that an exception ends says where it can be resumed from; nothing more is saved."""
+        if error is not None:
+            step = self.state.grpo_step + 1
+            self.log.warn(f"the run ends with {kind.__name__} in GRPO step {step}. {self._how_to_resume()}")
+            self.log.close("failed", f"{kind.__name__}: {error}")
+        self.engine.close()
+        self.scorer.grader.close()
+        self.lock.close()
+
+    def end(self, status: Status) -> Status:
+        """Say how the run ended, where what it made is, and what to do next; closes the log."""
+        t, output_dir = self.config.training, Path(self.config.paths.output_dir)
+        name, detail = {
+            Status.ERROR: ("failed", f"the last steps are on no disk: {self.checkpoints.failure}"),
+            Status.FINISHED: ("finished", f"all {t.n_grpo_steps} GRPO steps are done"),
+            Status.COLLAPSED: ("collapsed", f"the guard stopped the run: {self.verdict and self.verdict.reason}"),
+            Status.STOPPED_BY_SIGNAL: ("interrupted", f"{self.stop.signal and self.stop.signal.name} asked to stop"),
+            Status.TIME_LIMIT: ("time_limit", f"no further step fits into training.max_hours = {t.max_hours}"),
+            Status.NONFINITE: (
+                "failed",
+                f"{self.state.skipped_in_a_row} optimizer steps in a row were NaN or infinite; the usual causes are "
+                "too high a learning rate, too narrow a dtype (try training.dtype=float32), a broken checkpoint",
+            ),
+        }[status]
+        if self.state.evaluated_step is not None:
+            try:
+                reward_curve(output_dir)
+            except OSError as error:
+                self.log.warn(f"the reward curve could not be drawn: {error}")
+        self.log.end_progress()
+        self.log.note(f"\n{name} after GRPO step {self.state.grpo_step}: {detail}")
+        self.log.note("\n".join(closing_lines(output_dir, status)))
+        self.log.close(name, detail)
+        return status
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time a part of the step as `train/<name>_dt`, and note its peak memory."""
+        self.memory.start()
+        started = time.perf_counter()
+        yield
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        self.step_metrics[f"train/{name}_dt"] = time.perf_counter() - started
+        self.memory.mark(name)
+
+    def start_step(self) -> None:
+        """Begin a GRPO step's clock and figures."""
+        self.step_started, self.step_metrics = time.perf_counter(), {}
+
+    def push_weights(self) -> None:
+        """Put the policy's weights into the engine."""
+        self.step_metrics |= self.engine.update_weights(self.policy)
+
+    def sleep_engine(self) -> None:
+        """Let the engine give its memory back while the policy trains."""
+        self.step_metrics |= self.engine.sleep()
+
+    def check_engine(self, rollouts: Sequence[Rollout]) -> None:
+        """After the first push and every `vllm.check_interval` steps: did the engine sample from the policy's weights?
+
+        The transformers engine samples from the policy itself, so it is not asked. Raises EngineOutOfStep.
+        """
+        interval = self.config.vllm.check_interval
+        if interval is None or self.engine.name == "transformers":
+            return
+        due = self.state.grpo_step % interval == 0
+        if due or not self.engine_checked:
+            differences = self_check(self.engine, self.policy, rollouts, self.config)
+            self.step_metrics |= differences if due else {}  # a resumed run's extra check is in no row
+            self.engine_checked = True
+
+    def finish_step(
+        self, rollouts: Sequence[Rollout], rewards: Sequence[Reward], advantages: torch.Tensor, update: UpdateResult
+    ) -> None:
+        """Log a GRPO step that is done, look for trouble in its figures, and make its outcome the run's state."""
+        t, step = self.config.training, self.state.grpo_step + 1
+        optimizer_step = self.state.optimizer_step + update.n_optimizer_steps
+        totals = torch.tensor([reward.total for reward in rewards])
+        seconds = time.perf_counter() - self.step_started
+        sampled_tokens = sum(len(rollout.response_ids) for rollout in rollouts)
+        metrics = {
+            **response_metrics("train", rollouts, rewards),
+            "train/reward_std": totals.std(correction=0).item(),
+            "train/frac_zero_std_groups": zero_std_groups(totals, t.group_size).float().mean().item(),
+            **update.metrics,
+            **self._grading_metrics("train"),
+            **self.step_metrics,
+            **peak_memory_metrics(self.memory.report(), self.step_metrics.get("train/sleep_freed_gb", 0.0)),
+            "train/step_dt": seconds,
+            "train/tokens_per_second": sampled_tokens / seconds,
+        }
+        self.log.train_step(step, {"optimizer_step": optimizer_step, **metrics})
+        self._report_nonfinite(step, rollouts, rewards, advantages, update)
+        if self._is_due(t.eval_interval, step):
+            self.log.rollouts("train", step, rollouts, rewards, advantages.tolist(), n=t.n_rollouts_to_log)
+        self._look_for_trouble(step, metrics)
+        if self.state.grpo_step == 0 and "train/train_peak_memory_gb" in metrics:
+            self._compare_with_estimate(metrics["train/train_peak_memory_gb"])
+        self.limit.record(step=seconds)
+        self.state = TrainState(
+            grpo_step=step,
+            optimizer_step=optimizer_step,
+            skipped_in_a_row=update.skipped_in_a_row(self.state.skipped_in_a_row),
+            problem_stream=self.problem_stream.state_dict(),
+            best_reward=self.state.best_reward,
+            best_step=self.state.best_step,
+            evaluated_step=self.state.evaluated_step,
+            guard=self.guard.state_dict(),
+            advisor=self.advisor.state_dict(),
+            tracker_id=self.log.tracker_id,
+        )
+
+    def evaluate_if_due(self, always: bool = False) -> None:
+        """Evaluate before training, every `eval_interval` steps and at the end (or `always`), once a step."""
+        t, step = self.config.training, self.state.grpo_step
+        if t.eval_interval is None or self.state.evaluated_step == step or self.stop.requested:
+            return
+        if not (always or self._is_due(t.eval_interval, step)):
+            return
+        started = time.perf_counter()
+        seed = derive_seed(t.seed, "evaluation")
+        metrics, rollouts, rewards = evaluate(
+            self.engine, self.validation_prompts, self.scorer, seed, stop=lambda: self.stop.requested
+        )
+        if not rollouts:  # asked to stop: a resumed run evaluates anew
+            return
+        seconds = time.perf_counter() - started
+        self.log.evaluation(step, {**metrics, **self._grading_metrics("eval"), "train/eval_dt": seconds})
+        self.log.rollouts("eval", step, rollouts, rewards, n=t.n_rollouts_to_log)
+        self._look_for_trouble(step, metrics)
+        self.limit.record(evaluation=seconds)
+        reward = metrics["eval/reward"]
+        is_best = self.state.best_reward is None or reward > self.state.best_reward
+        self.state = replace(
+            self.state,
+            evaluated_step=step,
+            best_reward=reward if is_best else self.state.best_reward,
+            best_step=step if is_best else self.state.best_step,
+            guard=self.guard.state_dict(),
+            advisor=self.advisor.state_dict(),
+            random=capture_random_state(),
+        )
+
+    def save_if_due(self) -> None:
+        """Save every `checkpoint_interval` steps, at a new best, at the end, and again after a save that failed."""
+        interval, step = self.config.training.checkpoint_interval, self.state.grpo_step
+        due = self._is_due(interval, step) or (interval is not None and self.state.best_step == step)
+        if step > 0 and (due or self.checkpoints.failure is not None):
+            self.save()
+
+    def save(self) -> None:
+        """Save the run's state; a failure is a warning, one a step."""
+        earlier = self.checkpoints.failure
+        started = time.perf_counter()
+        is_best = self.state.best_step == self.state.grpo_step
+        failure = self.checkpoints.save(self.state, self.policy, self.tokenizer, self.optimizer, is_best)
+        if failure is not None and (earlier is None or earlier.grpo_step != failure.grpo_step):
+            self.log.warn(str(failure))
+        self.limit.record(save=time.perf_counter() - started)
+
+    def reason_to_end(self) -> Status | None:
+        """How the run ends here, its last state saved; None if it goes on."""
+        t = self.config.training
+        status = None
+        if self.stop.requested:
+            status = Status.STOPPED_BY_SIGNAL
+        elif self.state.grpo_step >= t.n_grpo_steps:
+            status = Status.FINISHED
+        elif self.verdict is not None and self.config.guard.action == "stop":
+            status = Status.COLLAPSED
+        elif self.state.skipped_in_a_row >= t.max_nonfinite_steps:
+            status = Status.NONFINITE
+        elif not self.limit.allows_another_step(evaluates=t.eval_interval is not None):
+            self.evaluate_if_due(always=True)
+            status = Status.TIME_LIMIT
+        if status is not None and self.state.grpo_step > 0:
+            self.save()
+        return Status.ERROR if status is not None and self.checkpoints.failure is not None else status
+
+    def _grading_metrics(self, prefix: str) -> dict[str, float]:
+        """What the grader has counted since it was last asked."""
+        counts = self.scorer.grader.drain_counters()
+        return {f"{prefix}/grader_{name}": float(count) for name, count in counts.items()}
+
+    def _compare_with_estimate(self, measured_gb: float) -> None:
+        """Put the measured peak of the inner steps beside what --dry-run would have said, on a GPU."""
+        if self.config.training.device.startswith("cuda"):
+            try:
+                estimate = f"{estimated_memory(self.config)['training_peak'] / 1e9:.2f} GB"
+            except ValueError as error:
+                estimate = f"unknown ({error})"
+            self.log.note(f"peak memory while training: {measured_gb:.2f} GB; the longest case, estimated: {estimate}")
+
+    def _how_to_resume(self) -> str:
+        newest = self.checkpoints.newest()
+        if newest is None:
+            return "No checkpoint was saved yet: --resume begins anew"
+        return f"The newest checkpoint is {newest}; the same command with --resume goes on from there"
+
+    def _is_due(self, interval: int | None, step: int) -> bool:
+        return step >= self.config.training.n_grpo_steps or (interval is not None and step % interval == 0)
+
+    def _look_for_trouble(self, step: int, metrics: dict[str, float]) -> None:
+        """Ask the guard and the advisor; what they say is shown, and the guard's last word kept."""
+        for advice in self.advisor.observe(step, metrics):
+            self.log.warn(advice)
+        if self.config.guard.action == "off":
+            return
+        verdict = self.guard.observe(step, metrics)
+        if verdict is not None:
+            self.verdict = verdict
+            self.log.warn(f"collapse at GRPO step {step}: {verdict}")
+
+    def _report_nonfinite(
+        self,
+        step: int,
+        rollouts: Sequence[Rollout],
+        rewards: Sequence[Reward],
+        advantages: torch.Tensor,
+        update: UpdateResult,
+    ) -> None:
+        """Warn of optimizer steps that were skipped, and write down the rollouts whose numbers were non-finite."""
+        if not any(update.skipped):
+            return
+        rows = sorted(set(update.nonfinite_rows))
+        self.log.warn(
+            f"GRPO step {step}: {sum(update.skipped)} of {len(update.skipped)} optimizer steps skipped, their loss or "
+            f"gradient was NaN or infinite; rollouts.jsonl holds the {len(rows)} rollouts that may have caused it"
+        )
+        suspects = ([items[i] for i in rows] for items in (rollouts, rewards, advantages.tolist()))
+        self.log.rollouts("nonfinite", step, *suspects, n=len(rows))

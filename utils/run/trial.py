@@ -1,0 +1,58 @@
+"""A longest-case microbatch before the first step: a run that would run out of memory at step 120 does so at once."""
+
+from __future__ import annotations
+
+import torch
+
+from configs.defaults import Training
+from utils.algorithm.batch import make_train_batch, take_microbatch
+from utils.algorithm.packing import is_packable
+from utils.algorithm.statistics import StepSums
+from utils.algorithm.update import train_on_microbatch
+from utils.records import Problem, Prompt, Rollout
+
+KNOBS = (
+    "training.gradient_accumulation_steps (more), training.max_tokens_per_microbatch (fewer), training.max_tokens, "
+    "training.log_prob_chunk_size, training.use_gradient_checkpointing, training.use_bnb_adamw8bit, "
+    "vllm.gpu_memory_utilization"
+)
+
+
+def try_longest_microbatch(policy: torch.nn.Module, training: Training, longest_prompt: int) -> None:
+    """Forward and backward of the largest microbatch that can come; weights and random states stay as they are.
+
+    The optimizer's state, which the first step makes, is stood in for by a block of its size. Raises ValueError where
+    memory runs out, with what is free and the knobs.
+    """
+    device = next(policy.parameters()).device
+    length = longest_prompt + training.max_tokens
+    size = training.microbatch_size
+    if training.max_tokens_per_microbatch is not None:
+        size = max(1, min(training.train_batch_size, training.max_tokens_per_microbatch // length))
+    # prompts that differ, for a prompt shared by several rollouts is computed once
+    n_ids = policy.get_input_embeddings().num_embeddings
+    prompts = [Prompt(Problem("", ""), "", (row % n_ids,) * longest_prompt) for row in range(size)]
+    response = (0,) * training.max_tokens
+    rollouts = [Rollout(prompt, "", response, (0.0,) * len(response), "length") for prompt in prompts]
+    ones = torch.ones(size)
+    batch = make_train_batch(rollouts, ones, ones, pad_id=0)
+    try:
+        optimizer_state = torch.empty(optimizer_bytes(policy, training), dtype=torch.uint8, device=device)
+        microbatch = take_microbatch(batch, torch.arange(size), ones, None, device, is_packable(policy))
+        train_on_microbatch(policy, microbatch, training, StepSums())
+        del optimizer_state
+    except torch.OutOfMemoryError as error:
+        free, total = torch.cuda.mem_get_info(device)
+        raise ValueError(
+            f"a microbatch of {size} x {length} tokens, the longest that can come, does not fit: {free / 1e9:.1f} of "
+            f"{total / 1e9:.1f} GB were free when memory ran out. The knobs: {KNOBS}"
+        ) from error
+    finally:
+        policy.zero_grad()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def optimizer_bytes(policy: torch.nn.Module, training: Training) -> int:
+    """What AdamW's two moments will take: a byte each in 8 bits, the weight's dtype otherwise."""
+    return sum(2 * p.numel() * (1 if training.use_bnb_adamw8bit else p.element_size()) for p in policy.parameters())
