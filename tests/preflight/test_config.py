@@ -21,11 +21,11 @@ from utils.preflight.config import (
     load_config,
     save_config,
     to_dict,
-    to_yaml_value,
 )
 from utils.preflight.dry_run import describe_run
 from utils.preflight.obstacles import ASSUMED_PROMPT, INPUTS, output_obstacles, shortfalls
 from utils.preflight.resume_rules import MAY_CHANGE
+from utils.preflight.yaml_values import to_yaml_value
 
 ROOT = Path(__file__).parents[2]
 
@@ -137,7 +137,7 @@ def test_a_saved_config_loads_the_same(tmp_path_factory, rate: float, seed: int,
         ("training:\n  grop_size: 4\n", r"bad\.yaml:2: unknown key 'training.grop_size'; .* 'training.group_size'"),
         ("trainig:\n  seed: 4\n", r"bad\.yaml:1: unknown key 'trainig'; did you mean 'training\."),
         ("group_size: 4\n", r"bad\.yaml:1: unknown key 'group_size'; did you mean 'training.group_size'"),
-        ("training:\n  seed: 1\n  group_size: two\n", r"bad\.yaml:3: training.group_size = 'two' .* takes int"),
+        ("training:\n  seed: 1\n  group_size: two\n", r"bad\.yaml:3: training.group_size = two .* takes int"),
         ("training:\n  group_size: 2.5\n", r"bad\.yaml:2: training.group_size = 2.5 has the wrong type"),
         ("training:\n  learning_rate: -1\n", r"training.learning_rate = -1.0 \(.*bad\.yaml:2\): must be more than 0"),
         ("training:\n  learning_rate: .nan\n", r"learning_rate = nan .* must be more than 0"),
@@ -156,15 +156,15 @@ def test_a_saved_config_loads_the_same(tmp_path_factory, rate: float, seed: int,
         ("paths:\n  output_dir: ''\n", r"output_dir = '' \(.*:2\): give the folder"),
         ("paths:\n  model_path: ~/qwen\n", r"model_path = '~/qwen' \(.*:2\): .*write the whole path"),
         ("training: [1\n", r"bad\.yaml:2: not valid YAML"),
-        ("training:\n  seed: 1\n  seed: 2\n", r"bad\.yaml:3: not valid YAML: .*duplicate key seed"),
+        ("training:\n  seed: 1\n  seed: 2\n", r"bad\.yaml:3: not valid YAML: duplicate key seed"),
         ("training:\n\tseed: 1\n", r"bad\.yaml:2: not valid YAML"),
-        ("training:\n  1: 2\n", r"bad\.yaml:2: '1' is no name of a section or a field"),
-        ("<<: {training: {seed: 1}}\n", r"bad\.yaml:1: '<<' is no name of a section or a field"),
-        ("training:\n  seed: ${x}\n", r"bad\.yaml:2: training.seed: .*'x' not found"),
+        ("training:\n  1: 2\n", r"bad\.yaml:2: unknown key 'training.1'"),
+        ("<<: {training: {seed: 1}}\n", r"bad\.yaml:1: unknown key '<<'"),
+        ("training:\n  seed: ${x}\n", r"bad\.yaml:2: training.seed = \$\{x\} has the wrong type; it takes int"),
         ("- 1\n", r"bad\.yaml:1: holds no sections"),
         ("3\n", r"bad\.yaml:1: holds no sections"),
         ("# a note\nseed 3\nand more\n", r"bad\.yaml:2: holds no sections"),
-        ("base: [a]\n", r"bad\.yaml:1: base = \['a'\]: give the path of a YAML file"),
+        ("base: [a]\n", r"bad\.yaml:1: base = \[a\]: give the path of a YAML file"),
         ("training: 3\n", r"bad\.yaml:1: training is a section"),
         ("base: nowhere.yaml\n", r"nowhere\.yaml: no such config file .* named as base by bad\.yaml"),
         ("base: bad.yaml\n", r"its base leads back to itself"),
@@ -202,7 +202,7 @@ def test_a_file_of_another_kind_is_told_in_one_line(tmp_path: Path) -> None:
         ("training.extra_rewards={foo:1}", r"space after the colon, for example .*extra_rewards='\{foo: 1\}'$"),
         ("training.reward_fn=zzz", "no reward function 'zzz'; there are: r1_zero, "),
         ("training.use_compile=maybe", r"command line: .* takes bool"),
-        ("training.learning_rate=null", r"learning_rate = None has the wrong type"),
+        ("training.learning_rate=null", r"learning_rate = null has the wrong type"),
         ("training.stop=[a", r"is not valid YAML"),
         ("configs/math.yaml", r"'configs/math.yaml' is no override; write --config configs/math.yaml"),
         ("training.reward_fn=gsm", r"'gsm' \(command line\): .* did you mean 'gsm8k'\? There are: r1_zero, "),

@@ -8,8 +8,9 @@ from pathlib import Path
 from configs.defaults import Config
 from utils.engines import choose_engine
 from utils.log.files import CONFIG_FILE, METRICS_FILE, ROLLOUTS_FILE, RUN_INFO_FILE, STATUS_FILE, WARNINGS_FILE
-from utils.preflight.config import to_dict, to_yaml_value
+from utils.preflight.config import to_dict
 from utils.preflight.obstacles import ASSUMED_GPU, ASSUMED_PROMPT, estimated_memory, gpu_memory, obstacles
+from utils.preflight.yaml_values import to_yaml_value
 
 REMEDY = (
     ": lower vllm.gpu_memory_utilization, take smaller microbatches (more gradient_accumulation_steps or fewer "
