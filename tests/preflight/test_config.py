@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import example, given
@@ -22,10 +23,13 @@ from utils.preflight.config import (
     save_config,
     to_dict,
 )
+from utils.preflight.config_rules import CLOSING_TEXTS
 from utils.preflight.dry_run import describe_run
 from utils.preflight.obstacles import ASSUMED_PROMPT, INPUTS, output_obstacles, shortfalls
 from utils.preflight.resume_rules import MAY_CHANGE
 from utils.preflight.yaml_values import to_yaml_value
+from utils.records import Problem, Prompt
+from utils.rewards.functions import REWARD_FNS
 
 ROOT = Path(__file__).parents[2]
 
@@ -153,6 +157,14 @@ def test_a_saved_config_loads_the_same(tmp_path_factory, rate: float, seed: int,
         ("training:\n  system_prompt: Hi\n", r"only read with a chat template"),
         ("training:\n  reward_fn: r2_zero\n", r"reward_fn = 'r2_zero' \(.*bad\.yaml:2\): .* did you mean 'r1_zero'\?"),
         ("training:\n  extra_rewards: {gsm: 1}\n", r"extra_rewards = .*bad\.yaml:2\): .* did you mean 'gsm8k'\?"),
+        (
+            "training:\n  include_stop_str_in_output: false\n",
+            r"include_stop_str_in_output = False \(.*:2\) and training.stop = .*</answer>.* r1_zero .*set",
+        ),
+        (
+            "training:\n  reward_fn: question_only\n  stop: ['}.']\n  include_stop_str_in_output: false\n",
+            r"'}\.' would be cut off, .*question_only looks for '}'",
+        ),
         ("paths:\n  output_dir: ''\n", r"output_dir = '' \(.*:2\): give the folder"),
         ("paths:\n  model_path: ~/qwen\n", r"model_path = '~/qwen' \(.*:2\): .*write the whole path"),
         ("training: [1\n", r"bad\.yaml:2: not valid YAML"),
@@ -174,6 +186,39 @@ def test_mistakes_in_a_file(tmp_path: Path, text: str, complaint: str) -> None:
     with pytest.raises(ConfigError, match=complaint) as caught:
         load_config([write(tmp_path, "bad.yaml", text)])
     assert "\n" not in str(caught.value)
+
+
+def test_a_reward_that_needs_its_closing_text_scores_nothing_without_it() -> None:
+    everything = "<think>\nso \\boxed{5}\n</think>\n<answer>\n5\n</answer>"
+    responses = {
+        "r1_zero": "so </think> <answer>5</answer>",
+        "question_only": "so \\boxed{5}",
+        "gsm8k": "<answer>5</answer>",
+    }
+    grader = SimpleNamespace(grade=lambda pairs: [True] * len(pairs))
+    prompt = Prompt(Problem("q", "5"), "q", (1,))
+
+    def score(reward: str, response: str) -> float:
+        rollout = SimpleNamespace(response=response, prompt=prompt)
+        return REWARD_FNS[reward]([rollout], grader)[0].total
+
+    for reward, closing in CLOSING_TEXTS.items():
+        whole = responses.get(reward.removesuffix("_lenient"), everything)
+        assert score(reward, whole) == 1.0
+        assert score(reward, whole.partition(closing)[0]) == 0.0
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["training.stop=[]"],
+        ["training.stop=['User:']"],
+        ["training.reward_fn=question_only"],
+        ["training.reward_fn=integer_answer"],
+    ],
+)
+def test_a_stop_string_that_no_reward_needs_may_be_cut_off(overrides: list[str]) -> None:
+    load_config([], ["training.include_stop_str_in_output=false", *overrides])
 
 
 def test_a_file_of_another_kind_is_told_in_one_line(tmp_path: Path) -> None:

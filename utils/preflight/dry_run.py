@@ -11,6 +11,7 @@ from utils.log.files import CONFIG_FILE, METRICS_FILE, ROLLOUTS_FILE, RUN_INFO_F
 from utils.preflight.config import to_dict
 from utils.preflight.obstacles import ASSUMED_GPU, ASSUMED_PROMPT, estimated_memory, gpu_memory, obstacles
 from utils.preflight.yaml_values import to_yaml_value
+from utils.problems import notes_on_data, read_problems
 
 REMEDY = (
     ": lower vllm.gpu_memory_utilization, take smaller microbatches (more gradient_accumulation_steps or fewer "
@@ -69,6 +70,19 @@ def consequences(config: Config) -> Iterator[tuple[str, str]]:
         )
     if optimizer_steps > 1 and t.loss_type in ("no_baseline", "reinforce_with_baseline"):
         yield "note", f"{t.loss_type} does not correct for off-policy steps"
+    for note in _notes_on_data(config):
+        yield "note", note
+
+
+def _notes_on_data(config: Config) -> list[str]:
+    """What is worth knowing of the data files. Empty if they cannot be read, which is told elsewhere."""
+    try:
+        train, validation = (
+            read_problems(path)[0] for path in (config.paths.train_data_file, config.paths.val_data_file)
+        )
+    except (ValueError, OSError):
+        return []
+    return notes_on_data(train, validation, config.training.rollout_batch_size // config.training.group_size)
 
 
 def _engine(config: Config) -> str:

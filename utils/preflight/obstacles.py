@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import subprocess
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,7 +14,7 @@ from utils.log.files import CONFIG_FILE, holds_run
 from utils.preflight.config import ConfigError, load_config
 from utils.preflight.memory_estimate import estimate_peak_memory
 from utils.preflight.resume_rules import changed_fields
-from utils.problems import load_template, read_problems
+from utils.problems import load_template, parse_json, read_problems
 
 # One of these is there wherever the NVIDIA driver is; asking torch would take seconds to import it. dxg is WSL's.
 GPU_FILES = ("/dev/nvidiactl", "/dev/nvidia0", "/proc/driver/nvidia/version", "/dev/dxg")
@@ -143,7 +142,7 @@ def is_local(model_path: str) -> bool:
 def model_config(model_path: str) -> dict | None:
     """The model's config.json, from its folder or from what the hub's client has kept; None where neither has it.
 
-    Raises ValueError where it is not JSON.
+    Raises ValueError where it is not a JSON object.
     """
     file = Path(model_path) / "config.json"
     if not is_local(model_path):
@@ -151,10 +150,12 @@ def model_config(model_path: str) -> dict | None:
 
         cached = try_to_load_from_cache(model_path, "config.json")
         file = Path(cached) if isinstance(cached, str) else file
-    try:
-        return json.loads(file.read_bytes()) if file.is_file() else None
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
+    if not file.is_file():
+        return None
+    sizes = parse_json(file.read_bytes(), str(file))
+    if not isinstance(sizes, dict):
+        raise ValueError(f"{file}: expected a JSON object, not {type(sizes).__name__}")
+    return sizes
 
 
 def estimated_memory(config: Config) -> dict[str, int]:
