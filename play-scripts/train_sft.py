@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from configs.defaults import Training
-from utils.log.files import METRICS_FILE, Row, encode_row
+from utils.log.files import METRICS_FILE, Row, encode_row, whole_folder
+from utils.log.progress import ProgressBar
 from utils.preflight.obstacles import is_local
 from utils.problems import ProblemStream, read_rows
 from utils.run.ending import Status
@@ -145,29 +146,23 @@ def train(
 
 
 def with_progress(steps: Iterator[dict], n_steps: int, print_every: int) -> Iterator[dict]:
-    """Pass the steps on, with a progress bar, and a line every so many."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("SFT"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, transient=True) as progress:
-        task = progress.add_task("SFT", total=n_steps)
+    """Pass the steps on, with a progress bar, and a line per `print_every` steps."""
+    with ProgressBar("SFT", n_steps) as bar:
         for metrics in steps:
-            progress.update(task, advance=1)
+            bar.advance()
             if metrics["step"] % print_every == 0 or metrics["step"] == n_steps:
-                progress.console.print(
+                bar.line(
                     f"step {metrics['step']}/{n_steps}  loss {metrics['loss']:.4f} nats/token  "
-                    f"grad norm {metrics['grad_norm']:.3g}  learning rate {metrics['learning_rate']:.3g}",
-                    highlight=False,
+                    f"grad norm {metrics['grad_norm']:.3g}  learning rate {metrics['learning_rate']:.3g}"
                 )
             yield metrics
 
 
 def save_checkpoint(folder: Path, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Save under another name first, so that a folder of this name is always whole."""
-    unfinished = folder.with_name(folder.name + ".tmp")
-    policy.save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
-    unfinished.rename(folder)
+    """A checkpoint that `from_pretrained` loads; a folder of this name is always whole."""
+    with whole_folder(folder) as unfinished:
+        policy.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
 
 
 def run(options: argparse.Namespace) -> None:

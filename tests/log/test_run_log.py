@@ -18,12 +18,14 @@ import pytest
 import torch
 
 from utils.log.files import (
+    UNFINISHED,
     cut_rows,
     encode_row,
     git_state,
     package_versions,
     read_rows,
     save_run_info,
+    whole_folder,
     write_atomically,
 )
 from utils.log.metrics import METRICS, metrics_table
@@ -464,3 +466,25 @@ def test_write_atomically_replaces(tmp_path: Path) -> None:
     write_atomically(tmp_path / "f", "two")
     assert (tmp_path / "f").read_text() == "two"
     assert list(tmp_path.iterdir()) == [tmp_path / "f"]
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    write_atomically(tmp_path / "f", "one")
+    with pytest.raises(UnicodeEncodeError):
+        write_atomically(tmp_path / "f", "\ud800")
+    assert (tmp_path / "f").read_text() == "one"
+    assert list(tmp_path.iterdir()) == [tmp_path / "f"]
+
+
+def test_a_folder_has_its_name_only_when_it_is_whole(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    with pytest.raises(RuntimeError), whole_folder(folder) as unfinished:
+        (unfinished / "f").write_text("half")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / f"{UNFINISHED}folder").mkdir()  # left by a process that was killed
+    (tmp_path / f"{UNFINISHED}folder" / "stale").touch()
+    with whole_folder(folder) as unfinished:
+        (unfinished / "f").write_text("whole")
+        assert not folder.exists()
+    assert [path.relative_to(tmp_path) for path in tmp_path.rglob("*")] == [Path("folder"), Path("folder/f")]

@@ -10,6 +10,7 @@ import math
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ WARNINGS_FILE = "warnings.jsonl"
 STATUS_FILE = "status.json"
 RUN_INFO_FILE = "run.json"
 LOCK_FILE = ".lock"
+UNFINISHED = ".saving-"  # begins the name of a file or folder that is not whole yet; a killed process leaves it behind
 
 STATUSES = ("finished", "collapsed", "interrupted", "time_limit", "failed")
 
@@ -58,12 +60,46 @@ def read_rows(path: Path) -> tuple[list[Row], list[str]]:
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace a file in one go: a reader, or a crash, sees the old text or the new."""
-    unfinished = path.with_name(path.name + ".tmp")
-    with unfinished.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
+    unfinished = path.with_name(UNFINISHED + path.name)
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        flush(unfinished)
+        unfinished.replace(path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+    flush(path.parent)
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Yields an empty folder to be filled, which then takes the name `folder`: a folder of that name is always whole.
+
+    Files are flushed to the disk before. An exception removes what was written. `folder` must not hold anything by
+    then.
+    """
+    unfinished = folder.with_name(UNFINISHED + folder.name)
+    if unfinished.exists():  # left by a process that was killed
+        shutil.rmtree(unfinished)
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        for path in [*unfinished.rglob("*"), unfinished]:
+            flush(path)
+        unfinished.rename(folder)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    flush(folder.parent)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def step_of(row: Row) -> int:

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from configs.defaults import Config, default_of
+from utils.log.files import write_atomically
 from utils.preflight.config_rules import REMOVED, ConfigError, check_config, fields, nearest, sections
 
 
@@ -71,9 +72,7 @@ _QuotingDumper.add_representer(
 
 def save_config(config: Config, path: Path) -> None:
     """Write every field, so that `load_config([path])` gives the same config whatever the defaults become."""
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(yaml.dump(to_dict(config), Dumper=_QuotingDumper, sort_keys=False))
-    unfinished.replace(path)
+    write_atomically(path, yaml.dump(to_dict(config), Dumper=_QuotingDumper, sort_keys=False))
 
 
 def to_dict(config: Config) -> dict[str, Any]:
