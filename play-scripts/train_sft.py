@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from configs.defaults import Training
 from utils.log.files import METRICS_FILE, Row, encode_row, whole_folder
+from utils.log.output import unwritable
 from utils.log.progress import ProgressBar
 from utils.preflight.obstacles import is_local
 from utils.problems import ProblemStream, read_rows
@@ -211,8 +212,9 @@ def load(loader: Callable[..., Loaded], model: str, *arguments: object) -> Loade
 
 def check_options(options: argparse.Namespace, output: Path) -> None:
     """Raise ValueError for options that can't be, with what would be right."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"--output {output} already holds something; choose another folder or delete it")
+    reason = unwritable(output, is_new=True)
+    if reason is not None:
+        raise ValueError(f"--output {output}: {reason}")
     if is_local(options.model) and not (Path(options.model) / "config.json").is_file():
         raise ValueError(f"--model {options.model}: no config.json there; give a checkpoint folder or a hub name")
     for name in ("steps", "batch_size", "gradient_accumulation_steps", "max_tokens"):

@@ -124,7 +124,7 @@ def test_every_specified_metric_is_described() -> None:
 
 def test_a_folder_with_metrics_is_refused_without_resume(tmp_path: Path) -> None:
     RunLog(tmp_path, n_grpo_steps=1).close("finished")
-    with pytest.raises(ValueError, match=r"metrics\.jsonl is there already"):
+    with pytest.raises(FileExistsError, match=r"metrics\.jsonl"):
         RunLog(tmp_path, n_grpo_steps=1)
 
 

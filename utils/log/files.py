@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import importlib.metadata
 import json
 import math
@@ -16,7 +15,7 @@ import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
@@ -24,7 +23,6 @@ ROLLOUTS_FILE = "rollouts.jsonl"
 WARNINGS_FILE = "warnings.jsonl"
 STATUS_FILE = "status.json"
 RUN_INFO_FILE = "run.json"
-LOCK_FILE = ".lock"
 UNFINISHED = ".saving-"  # begins the name of a file or folder that is not whole yet; a killed process leaves it behind
 
 STATUSES = ("finished", "collapsed", "interrupted", "time_limit", "failed")
@@ -124,44 +122,6 @@ def cut_rows(path: Path, last_step: int, last_evaluation: int | None = None) -> 
     kept = [row for row in rows if step_of(row) <= (last_evaluation if is_evaluation(row) else last_step)]
     write_atomically(path, "".join(encode_row(row) + "\n" for row in kept))
     return kept, complaints
-
-
-def holds_run(output_dir: Path) -> bool:
-    """Whether a run, perhaps of another config, has begun to write there."""
-    return any((output_dir / name).exists() for name in (CONFIG_FILE, METRICS_FILE))
-
-
-@contextlib.contextmanager
-def claimed(output_dir: Path) -> Iterator[TextIO]:
-    """Claim a run folder for this process, until the file that is given is closed or the process ends.
-
-    An exception within the context takes it back: what was not there before, lock file and folders, is gone again.
-    Raises ValueError where it cannot be written to, and where another process has it: two would write over each
-    other's checkpoints.
-    """
-    made = [folder for folder in (output_dir, *output_dir.parents) if not folder.exists()]
-    lock_file = output_dir / LOCK_FILE
-    had_lock_file = lock_file.exists()
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        lock = lock_file.open("a")
-    except OSError as error:
-        raise ValueError(f"{output_dir}: cannot be written to ({error.strerror}); give another folder") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        lock.close()
-        raise ValueError(f"{output_dir}: another process is running there; wait for it, or end it") from error
-    try:
-        yield lock
-    except BaseException:
-        if not had_lock_file:
-            lock_file.unlink(missing_ok=True)
-        lock.close()
-        with contextlib.suppress(OSError):  # not empty: something else has been written there
-            for folder in made:
-                folder.rmdir()
-        raise
 
 
 def save_run_info(output_dir: Path, seed: int) -> None:

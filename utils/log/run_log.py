@@ -51,7 +51,7 @@ class RunLog:
 
         `resume_at=k` goes on after GRPO step k, last evaluated at step `evaluated_at` (-1: not yet; None: at k): later
         rows and rollouts are cut, so that each stands once, while warnings stay. `tracker_id` is the `tracker_id` of
-        the run that is resumed. Raises ValueError where metrics are there already and `resume_at` is None.
+        the run that is resumed. Raises FileExistsError if metrics are there already and `resume_at` is None.
         """
         self._output_dir = Path(output_dir)
         self._output_dir.mkdir(parents=True, exist_ok=True)
@@ -59,7 +59,9 @@ class RunLog:
         kept, complaints = self._prepare_files(resume_at, evaluated_at)
         already_run = max((row["time"] for row in kept), default=0.0)
         self._started = time.monotonic() - already_run
-        self._files = {name: (self._output_dir / name).open("a") for name in (METRICS_FILE, ROLLOUTS_FILE)}
+        mode = "x" if resume_at is None else "a"  # two runs must not be mixed
+        self._files = {METRICS_FILE: (self._output_dir / METRICS_FILE).open(mode)}
+        self._files[ROLLOUTS_FILE] = (self._output_dir / ROLLOUTS_FILE).open("a")
         self._console = TrainingConsole(n_grpo_steps, self._grpo_step)
         for complaint in complaints:
             self.warn(complaint)
@@ -72,11 +74,9 @@ class RunLog:
             self._started = time.monotonic() - already_run  # waiting for the tracker's server is no training time
 
     def _prepare_files(self, resume_at: int | None, evaluated_at: int | None) -> tuple[list[dict], list[str]]:
-        metrics_file = self._output_dir / METRICS_FILE
-        if resume_at is None and metrics_file.exists():
-            raise ValueError(f"{metrics_file} is there already: resume that run, or choose another output_dir")
         if resume_at is None:
             return [], []
+        metrics_file = self._output_dir / METRICS_FILE
         (self._output_dir / STATUS_FILE).unlink(missing_ok=True)
         kept, complaints = cut_rows(metrics_file, resume_at, evaluated_at)
         return kept, complaints + cut_rows(self._output_dir / ROLLOUTS_FILE, resume_at, evaluated_at)[1]
