@@ -138,11 +138,10 @@ def summarize(rollouts: list, rewards: list, n: int) -> dict:
             label = getattr(rollout.prompt.problem, name)
             if label is not None:
                 by_value[label].append(value)
-    metrics = response_metrics("eval", rollouts, rewards)
     return {
         "problems": len(groups),
         "responses_a_problem": n,
-        **{name.removeprefix("eval/"): value for name, value in metrics.items()},
+        **response_metrics(rollouts, rewards),
         "reward_std_error": standard_error(per_problem),
         "pass_at_k": {str(k): mean([pass_at_k(n, right, k) for right in n_right]) for k in ks},
         "right_format_wrong_answer": sum(reward.format > 0 and reward.answer == 0 for reward in rewards),

@@ -20,7 +20,7 @@ from utils.log.files import (
     encode_row,
     write_atomically,
 )
-from utils.log.metrics import check_metric_names
+from utils.log.metrics import written_names
 from utils.log.tracker import NullTracker, WandbTracker, describe, tracker_errors
 from utils.records import Reward, Rollout
 from utils.seeding import derive_seed
@@ -91,18 +91,20 @@ class RunLog:
         """Seconds this run has been running, its resumed parts added up."""
         return time.monotonic() - self._started
 
-    def train_step(self, grpo_step: int, metrics: dict[str, float]) -> None:
-        """Log one GRPO step: `train/*` metrics, and `optimizer_step` beside them."""
-        check_metric_names((name for name in metrics if name != "optimizer_step"), "train/")
+    def train_step(self, grpo_step: int, metrics: dict[str, float]) -> dict[str, float]:
+        """Log one GRPO step: metrics by bare names ("reward"), and `optimizer_step`. Returns them by written names."""
+        written = written_names(metrics, "train/")
         self._grpo_step = grpo_step
-        self._write_metrics({"grpo_step": grpo_step}, metrics)
-        self._console.train_step(grpo_step, metrics)
+        self._write_metrics({"grpo_step": grpo_step}, written)
+        self._console.train_step(grpo_step, written)
+        return written
 
-    def evaluation(self, grpo_step: int, metrics: dict[str, float]) -> None:
-        """Log one evaluation: `eval/*` metrics and `train/eval_dt`, after `grpo_step` completed steps."""
-        check_metric_names((name for name in metrics if name != "train/eval_dt"), "eval/")
-        self._write_metrics({"eval_step": grpo_step}, metrics)
-        self._console.evaluation(grpo_step, metrics)
+    def evaluation(self, grpo_step: int, metrics: dict[str, float]) -> dict[str, float]:
+        """Log one evaluation after `grpo_step` completed steps: metrics and `eval_dt` by bare names, as above."""
+        written = written_names(metrics, "eval/")
+        self._write_metrics({"eval_step": grpo_step}, written)
+        self._console.evaluation(grpo_step, written)
+        return written
 
     def rollouts(
         self,
