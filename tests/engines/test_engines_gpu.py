@@ -130,7 +130,7 @@ def test_sleep_frees_memory_and_waking_loses_nothing(
             slept = engine.sleep()
             assert engine.sleep() == {}
             freed = torch.cuda.mem_get_info()[0] - free
-            assert freed == pytest.approx(slept["train/sleep_freed_gb"] * 1e9, rel=0.1)
+            assert freed == pytest.approx(slept["sleep_freed_gb"] * 1e9, rel=0.1)
             assert freed > 0.7 * config.vllm.gpu_memory_utilization * total
         assert torch.cuda.get_rng_state().tolist() == before
     finally:
@@ -147,7 +147,7 @@ def test_a_push_makes_no_second_copy(large_model_dir: Path, tokenizer: PreTraine
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         metrics = engine.update_weights(policy)
-        assert torch.cuda.max_memory_allocated() - before < 0.5 * metrics["train/push_gb"] * 1e9
+        assert torch.cuda.max_memory_allocated() - before < 0.5 * metrics["push_gb"] * 1e9
         assert torch.cuda.memory_allocated() - before < 1e6
     finally:
         engine.close()

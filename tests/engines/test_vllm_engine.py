@@ -59,7 +59,7 @@ def test_same_greedy_ids_as_transformers_before_and_after_pushes(
     for seed in (1, 2, 3):
         sharpen(policy, seed)
         metrics = engine.update_weights(policy)
-        assert metrics["train/push_gb"] == pytest.approx(4e-9 * sum(p.numel() for p in policy.parameters()))
+        assert metrics["push_gb"] == pytest.approx(4e-9 * sum(p.numel() for p in policy.parameters()))
         ours = engine.generate(prompts, n=1, seed=0, temperature=0.0)
         assert_same_greedy(ours, other.generate(prompts, n=1, seed=0, temperature=0.0))
         seen.append(ids_of(ours))
@@ -134,7 +134,7 @@ def test_self_check_catches_a_push_that_was_skipped(
     engine.update_weights(policy)
     prompts = prompts_of(tokenizer, 16)
     metrics = self_check(engine, policy, engine.generate(prompts, n=2, seed=0), config)
-    assert metrics["train/check_mean_diff"] <= metrics["train/check_max_diff"] < 1e-4
+    assert metrics["check_mean_diff"] <= metrics["check_max_diff"] < 1e-4
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-5)
     ids = torch.tensor([prompts[0].token_ids])
     policy(ids, labels=ids).loss.backward()

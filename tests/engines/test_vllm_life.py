@@ -225,7 +225,7 @@ def test_start_and_use_leave_random_states_and_products_alone(
     engine.update_weights(policy)
     rollouts = engine.generate(prompts_of(tokenizer, 8), n=2, seed=0)
     assert states() == before
-    assert 1e-5 < self_check(engine, policy, rollouts, config)["train/check_mean_diff"] < 5e-2
+    assert 1e-5 < self_check(engine, policy, rollouts, config)["check_mean_diff"] < 5e-2
     assert engine.generate(prompts_of(tokenizer, 8), n=2, seed=0, stop=asked_to_stop(2)) == []
     engine.close()
     engine.close()

@@ -25,7 +25,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from configs.defaults import Config
 from utils import tiny
-from utils.preflight.config import fields, load_config, save_config
+from utils.preflight.config import ConfigError, fields, load_config, save_config
 from utils.preflight.resume_rules import MAY_CHANGE, changed_fields
 from utils.run import checkpoint
 from utils.run.checkpoint import Checkpoints, TrainState
@@ -360,6 +360,21 @@ def test_lasting_fields_are_named_and_the_rest_may_change(tmp_path):
     ]
     assert "1e-05" in changes[1]
     assert "3e-05" in changes[1]
+
+
+def test_a_saved_config_with_removed_guard_fields_is_refused_by_name_and_remedy(tmp_path):
+    """A config.yaml of an older run holds all of them: one message names every one."""
+    path = tmp_path / "config.yaml"
+    save_config(Config(), path)
+    path.write_text(path.read_text() + "  repeat_interval: 20\n  runaway_share: 0.9\n")
+    n_lines = len(path.read_text().splitlines())
+    with pytest.raises(ConfigError, match=rf"^\S+config\.yaml:{n_lines - 1}: ") as refusal:
+        load_config([path])
+    assert "guard.repeat_interval, guard.runaway_share: a constant in utils/run/guard.py now" in str(refusal.value)
+    assert str(refusal.value).endswith("delete the lines")
+    assert "\n" not in str(refusal.value)
+    with pytest.raises(ConfigError, match=r"^command line: guard\.kept_share: .*delete the line$"):
+        load_config([], ["guard.kept_share=0.5"])
 
 
 def test_the_cut_into_microbatches_lasts_where_the_loss_depends_on_it():

@@ -30,6 +30,7 @@ from safetensors.torch import load_file
 
 from utils.algorithm import update
 from utils.engines import transformers_engine
+from utils.run import guard
 from utils.run.checkpoint import OPTIMIZER_FILE
 from utils.run.ending import Status
 
@@ -191,12 +192,11 @@ def test_the_time_limit_ends_the_run_with_an_evaluation_and_a_save(world, tmp_pa
 def test_a_collapse_stops_the_run_with_a_save_where_the_config_says_so(world, tmp_path):
     """A learning rate of 1: reward is 0 from the first step on."""
     stopped, warned = tmp_path / "stopped", tmp_path / "warned"
-    options = ["training.eval_interval=1", "training.learning_rate=1.0", "guard.repeat_interval=4"]
-    options += ["training.n_grpo_steps=16"]
+    options = ["training.eval_interval=1", "training.learning_rate=1.0", "training.n_grpo_steps=16"]
     assert finish(arguments(world, stopped, *options, "guard.action=stop")) == Status.COLLAPSED
     last = trained_steps(stopped)[-1]
     assert 3 <= last < 12
     assert (stopped / "checkpoints" / "last").readlink() == Path(f"step_{last:06d}")
-    assert finish(arguments(world, warned, *options)) == Status.FINISHED
+    assert finish(arguments(world, warned, *options), lambda: setattr(guard, "REPEAT_INTERVAL", 4)) == Status.FINISHED
     warnings = [row["grpo_step"] for row in rows_of(warned / "warnings.jsonl") if "collapse" in row["warning"]]
     assert warnings == list(range(last, 17, 4))

@@ -31,16 +31,16 @@ class StepSums:
         sums = {name: value.item() for name, value in self.sums.items()}
         compared = {name: sums.pop(name, 0.0) for name in ("compared_tokens", "sampler_kl", "sampler_max_diff")}
         tokens = sums.pop("tokens", 0.0)
-        metrics = {f"train/{name}": value / tokens for name, value in sums.items()} if tokens else {}
+        metrics = {name: value / tokens for name, value in sums.items()} if tokens else {}
         if compared["compared_tokens"]:
-            metrics["train/sampler_kl"] = compared["sampler_kl"] / compared["compared_tokens"]
-            metrics["train/sampler_max_diff"] = compared["sampler_max_diff"]
+            metrics["sampler_kl"] = compared["sampler_kl"] / compared["compared_tokens"]
+            metrics["sampler_max_diff"] = compared["sampler_max_diff"]
         norms = torch.stack(self.grad_norms).double().cpu() if self.grad_norms else torch.empty(0)
         if len(norms):
-            metrics["train/loss"] = torch.stack(self.losses).double().mean().item()
-            metrics["train/grad_norm"] = norms.mean().item()
-            metrics["train/frac_grad_clipped"] = (norms > max_grad_norm).double().mean().item()
-        metrics["train/trained_tokens"] = tokens
+            metrics["loss"] = torch.stack(self.losses).double().mean().item()
+            metrics["grad_norm"] = norms.mean().item()
+            metrics["frac_grad_clipped"] = (norms > max_grad_norm).double().mean().item()
+        metrics["trained_tokens"] = tokens
         return metrics
 
 

@@ -79,9 +79,9 @@ def update_policy(
         take_optimizer_step(policy, optimizer, loss, nonfinite, training.max_grad_norm, sums, result)
 
     result.metrics = {
-        "train/frac_trained_rollouts": trained.double().mean().item(),
-        "train/nonfinite_steps": float(sum(result.skipped)),
-        "train/frac_weights_moved": movement.share(),
+        "frac_trained_rollouts": trained.double().mean().item(),
+        "nonfinite_steps": float(sum(result.skipped)),
+        "frac_weights_moved": movement.share(),
         **sums.metrics(training.max_grad_norm),
     }
     return result

@@ -113,7 +113,7 @@ class VllmEngine:
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
         pushed = {tensor.data_ptr(): tensor.nbytes for tensor in weights.values()}  # tied weights counted once
-        return {"train/push_gb": sum(pushed.values()) / GB, "train/push_dt": time.perf_counter() - start}
+        return {"push_gb": sum(pushed.values()) / GB, "push_dt": time.perf_counter() - start}
 
     def sleep(self) -> dict[str, float]:
         """Give weights and cache back until `update_weights`; GB freed. Does nothing where there is no sleep."""
@@ -133,7 +133,7 @@ class VllmEngine:
                 freed / GB,
                 self._bytes_at_start / GB,
             )
-        return {"train/sleep_freed_gb": freed / GB}
+        return {"sleep_freed_gb": freed / GB}
 
     def close(self) -> None:
         """End vLLM and free its memory. Called again, it does nothing."""

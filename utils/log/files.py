@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import importlib.metadata
 import json
 import math
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
@@ -23,7 +23,7 @@ ROLLOUTS_FILE = "rollouts.jsonl"
 WARNINGS_FILE = "warnings.jsonl"
 STATUS_FILE = "status.json"
 RUN_INFO_FILE = "run.json"
-LOCK_FILE = ".lock"
+UNFINISHED = ".saving-"  # begins the name of a file or folder that is not whole yet; a killed process leaves it behind
 
 STATUSES = ("finished", "collapsed", "interrupted", "time_limit", "failed")
 
@@ -58,12 +58,46 @@ def read_rows(path: Path) -> tuple[list[Row], list[str]]:
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace a file in one go: a reader, or a crash, sees the old text or the new."""
-    unfinished = path.with_name(path.name + ".tmp")
-    with unfinished.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
+    unfinished = path.with_name(UNFINISHED + path.name)
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        flush(unfinished)
+        unfinished.replace(path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+    flush(path.parent)
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Yields an empty folder to be filled, which then takes the name `folder`: a folder of that name is always whole.
+
+    Files are flushed to the disk before. An exception removes what was written. `folder` must not hold anything by
+    then.
+    """
+    unfinished = folder.with_name(UNFINISHED + folder.name)
+    if unfinished.exists():  # left by a process that was killed
+        shutil.rmtree(unfinished)
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        for path in [*unfinished.rglob("*"), unfinished]:
+            flush(path)
+        unfinished.rename(folder)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    flush(folder.parent)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def step_of(row: Row) -> int:
@@ -88,44 +122,6 @@ def cut_rows(path: Path, last_step: int, last_evaluation: int | None = None) -> 
     kept = [row for row in rows if step_of(row) <= (last_evaluation if is_evaluation(row) else last_step)]
     write_atomically(path, "".join(encode_row(row) + "\n" for row in kept))
     return kept, complaints
-
-
-def holds_run(output_dir: Path) -> bool:
-    """Whether a run, perhaps of another config, has begun to write there."""
-    return any((output_dir / name).exists() for name in (CONFIG_FILE, METRICS_FILE))
-
-
-@contextlib.contextmanager
-def claimed(output_dir: Path) -> Iterator[TextIO]:
-    """Claim a run folder for this process, until the file that is given is closed or the process ends.
-
-    An exception within the context takes it back: what was not there before, lock file and folders, is gone again.
-    Raises ValueError where it cannot be written to, and where another process has it: two would write over each
-    other's checkpoints.
-    """
-    made = [folder for folder in (output_dir, *output_dir.parents) if not folder.exists()]
-    lock_file = output_dir / LOCK_FILE
-    had_lock_file = lock_file.exists()
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        lock = lock_file.open("a")
-    except OSError as error:
-        raise ValueError(f"{output_dir}: cannot be written to ({error.strerror}); give another folder") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        lock.close()
-        raise ValueError(f"{output_dir}: another process is running there; wait for it, or end it") from error
-    try:
-        yield lock
-    except BaseException:
-        if not had_lock_file:
-            lock_file.unlink(missing_ok=True)
-        lock.close()
-        with contextlib.suppress(OSError):  # not empty: something else has been written there
-            for folder in made:
-                folder.rmdir()
-        raise
 
 
 def save_run_info(output_dir: Path, seed: int) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 import yaml
 
 from configs.defaults import Config, default_of
-from utils.preflight.config_rules import ConfigError, check_config, fields, nearest, sections
+from utils.log.files import write_atomically
+from utils.preflight.config_rules import REMOVED, ConfigError, check_config, fields, nearest, sections
 from utils.preflight.yaml_values import (
     NotYamlError,
     dump,
@@ -42,7 +43,9 @@ def read_config(config_files: Iterable[str | Path], overrides: Iterable[str]) ->
     """The merged config before its values are checked, and where each field that is set was set."""
     config, origins, field_types = Config(), {}, _field_types()
     layers = [leaf for path in config_files for leaf in _file_leaves(Path(path), ())]
-    for key, node, origin in [*layers, *_override_leaves(overrides)]:
+    leaves = [*layers, *_override_leaves(overrides)]
+    _refuse_removed(leaves)
+    for key, node, origin in leaves:
         _check_name(key, origin)
         try:
             value = to_value(node, field_types[key])
@@ -80,9 +83,7 @@ def _right_type(key: str, node: yaml.Node) -> str:
 
 def save_config(config: Config, path: Path) -> None:
     """Write every field, so that `load_config([path])` gives the same config whatever the defaults become."""
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(dump(to_dict(config)), encoding="utf-8")
-    unfinished.replace(path)
+    write_atomically(path, dump(to_dict(config)))
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -156,6 +157,15 @@ def _override_value(key: str, raw: str) -> yaml.Node:
     if not isinstance(tree, yaml.MappingNode) or len(tree.value) != 1:
         raise NotYamlError("more than one value")
     return tree.value[0][1]
+
+
+def _refuse_removed(leaves: Iterable[Leaf]) -> None:
+    """Raise ConfigError for all fields of an older version at once: a saved config.yaml holds every one of them."""
+    removed = [(key, origin) for key, _, origin in leaves if key in REMOVED]
+    if removed:
+        keys, (_, first) = dict(removed), removed[0]
+        lines = "the line" if len(keys) == 1 else "the lines"
+        raise ConfigError(f"{first}: {', '.join(keys)}: {REMOVED[removed[0][0]]}; delete {lines}")
 
 
 def _check_name(key: str, origin: str) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import subprocess
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from configs.defaults import Config
 from utils.engines import choose_engine
-from utils.log.files import CONFIG_FILE, holds_run
+from utils.log.files import CONFIG_FILE
+from utils.log.output import holds_run, unwritable
 from utils.preflight.config import ConfigError, load_config
 from utils.preflight.memory_estimate import estimate_peak_memory
 from utils.preflight.resume_rules import changed_fields
@@ -63,11 +63,9 @@ def unusable_files(config: Config, inputs: Sequence[str] = INPUTS) -> Iterator[s
 def output_obstacles(config: Config, resume: bool, allow_changes: bool) -> Iterator[str]:
     """What forbids a run to write to its output folder."""
     named, folder = f"paths.output_dir = {config.paths.output_dir!r}", Path(config.paths.output_dir)
-    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
-    if not there.is_dir():
-        yield f"{named}: {there} is a file; give another folder"
-    elif not os.access(there, os.W_OK | os.X_OK):
-        yield f"{named}: {there} may not be written to; give another folder"
+    reason = unwritable(folder)
+    if reason is not None:
+        yield f"{named}: {reason}"
     elif not resume and holds_run(folder):
         yield f"{named} already holds a run; continue it with --resume, or choose another folder"
     elif resume and not allow_changes:

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from configs.defaults import Config
 from utils.algorithm.policy import build_optimizer, context_length, load_policy, load_tokenizer
 from utils.engines import build_engine
-from utils.log.files import CONFIG_FILE, METRICS_FILE, claimed, save_run_info
+from utils.log.files import CONFIG_FILE, METRICS_FILE, save_run_info
+from utils.log.output import claimed
 from utils.log.run_log import RunLog
 from utils.preflight.config import ConfigError, save_config, to_dict
 from utils.preflight.obstacles import output_obstacles, refuse

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -19,11 +18,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from utils.log.files import UNFINISHED, flush, whole_folder, write_atomically
 from utils.seeding import capture_random_state, restore_random_state
 
 STATE_FILE = "trainer_state.json"
 OPTIMIZER_FILE = "optimizer.pt"
-SAVING, REMOVING, LINKING = ".saving-", ".removing-", ".linking-"  # what a killed save may leave behind
+REMOVING, LINKING = ".removing-", ".linking-"  # with UNFINISHED, what a killed save may leave behind
 
 
 @dataclass(frozen=True)
@@ -110,21 +110,18 @@ class Checkpoints:
         put into its state file.
         """
         final = self.folder / f"step_{state.grpo_step:06d}"
-        aside = self.folder / f"{SAVING}{final.name}"
         needed = _tensor_bytes([policy.state_dict(), optimizer.state_dict()])
         self.failure = None
         try:
             if final.is_dir():
-                _write_state(aside, state, is_best)
-                aside.replace(final / STATE_FILE)
-                _flush(final)
+                _write_state(final, state, is_best)
             else:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                _flush(self.folder.parent)
+                flush(self.folder.parent)
                 if needed > shutil.disk_usage(self.folder).free:
                     raise OSError(errno.ENOSPC, "not enough space on the disk")
-                _write(aside, state, policy, tokenizer, optimizer, is_best)
-                aside.rename(final)
+                with whole_folder(final) as unfinished:
+                    _write(unfinished, state, policy, tokenizer, optimizer, is_best)
             self._update_links()
             self._remove_old()
         except (OSError, SafetensorError) as error:
@@ -159,7 +156,7 @@ class Checkpoints:
                 link.unlink(missing_ok=True)
                 link.symlink_to(target.name, target_is_directory=True)
                 link.replace(self.folder / name)
-        _flush(self.folder)
+        flush(self.folder)
 
     def _remove_old(self) -> None:
         """Rename before removing: a folder with a checkpoint's name is whole at every instant."""
@@ -169,8 +166,8 @@ class Checkpoints:
         self._remove_leftovers()
 
     def _remove_leftovers(self) -> None:
-        for path in self.folder.glob(".*"):
-            if not path.name.startswith((SAVING, REMOVING, LINKING)):
+        for path in [*self.folder.glob(".*"), *self.folder.glob(f"step_*/{UNFINISHED}*")]:
+            if not path.name.startswith((UNFINISHED, REMOVING, LINKING)):
                 continue
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
@@ -179,11 +176,10 @@ class Checkpoints:
 
 
 def _write(folder: Path, state: TrainState, policy: Any, tokenizer: Any, optimizer: Any, is_best: bool) -> None:
-    """Write all files of a checkpoint and flush them and their folder to the disk."""
-    folder.mkdir()
+    """Write all files of a checkpoint."""
     policy.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    _write_state(folder / STATE_FILE, state, is_best)
+    _write_state(folder, state, is_best)
     try:
         with (folder / OPTIMIZER_FILE).open("wb") as file:
             torch.save(optimizer.state_dict(), file)
@@ -192,8 +188,6 @@ def _write(folder: Path, state: TrainState, policy: Any, tokenizer: Any, optimiz
             cause = error.__context__
             raise OSError(cause.errno, f"{OPTIMIZER_FILE}: {cause.strerror or cause}") from error
         raise
-    for path in [*folder.rglob("*"), folder]:
-        _flush(path)
 
 
 def _means_full_disk(error: OSError | SafetensorError) -> bool:
@@ -204,18 +198,8 @@ def _means_full_disk(error: OSError | SafetensorError) -> bool:
     )
 
 
-def _write_state(path: Path, state: TrainState, is_best: bool) -> None:
-    path.write_text(json.dumps(asdict(state) | {"is_best": is_best}))
-    _flush(path)
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _write_state(folder: Path, state: TrainState, is_best: bool) -> None:
+    write_atomically(folder / STATE_FILE, json.dumps(asdict(state) | {"is_best": is_best}))
 
 
 def _tensor_bytes(tree: Any) -> int:

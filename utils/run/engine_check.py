@@ -85,4 +85,4 @@ def self_check(
             " vllm.enable_prefix_caching=false); the two compute differently (vllm.dtype, training.dtype,"
             " training.attention_type); the policy believes in ids that the tokenizer lacks, which no engine samples"
         )
-    return {"train/check_mean_diff": mean, "train/check_max_diff": largest}
+    return {"check_mean_diff": mean, "check_max_diff": largest}

@@ -103,13 +103,13 @@ class Run:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Time a part of the step as `train/<name>_dt`, and note its peak memory."""
+        """Time a part of the step as `<name>_dt`, and note its peak memory."""
         self.memory.start()
         started = time.perf_counter()
         yield
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
-        self.step_metrics[f"train/{name}_dt"] = time.perf_counter() - started
+        self.step_metrics[f"{name}_dt"] = time.perf_counter() - started
         self.memory.mark(name)
 
     def start_step(self) -> None:
@@ -148,23 +148,23 @@ class Run:
         seconds = time.perf_counter() - self.step_started
         sampled_tokens = sum(len(rollout.response_ids) for rollout in rollouts)
         metrics = {
-            **response_metrics("train", rollouts, rewards),
-            "train/reward_std": totals.std(correction=0).item(),
-            "train/frac_zero_std_groups": zero_std_groups(totals, t.group_size).float().mean().item(),
+            **response_metrics(rollouts, rewards),
+            "reward_std": totals.std(correction=0).item(),
+            "frac_zero_std_groups": zero_std_groups(totals, t.group_size).float().mean().item(),
             **update.metrics,
-            **self._grading_metrics("train"),
+            **self._grading_metrics(),
             **self.step_metrics,
-            **peak_memory_metrics(self.memory.report(), self.step_metrics.get("train/sleep_freed_gb", 0.0)),
-            "train/step_dt": seconds,
-            "train/tokens_per_second": sampled_tokens / seconds,
+            **peak_memory_metrics(self.memory.report(), self.step_metrics.get("sleep_freed_gb", 0.0)),
+            "step_dt": seconds,
+            "tokens_per_second": sampled_tokens / seconds,
         }
-        self.log.train_step(step, {"optimizer_step": optimizer_step, **metrics})
+        written = self.log.train_step(step, {"optimizer_step": optimizer_step, **metrics})
         self._report_nonfinite(step, rollouts, rewards, advantages, update)
         if self._is_due(t.eval_interval, step):
             self.log.rollouts("train", step, rollouts, rewards, advantages.tolist(), n=t.n_rollouts_to_log)
-        self._look_for_trouble(step, metrics)
-        if self.state.grpo_step == 0 and "train/train_peak_memory_gb" in metrics:
-            self._compare_with_estimate(metrics["train/train_peak_memory_gb"])
+        self._look_for_trouble(step, written)
+        if self.state.grpo_step == 0 and "train_peak_memory_gb" in metrics:
+            self._compare_with_estimate(metrics["train_peak_memory_gb"])
         self.limit.record(step=seconds)
         self.state = TrainState(
             grpo_step=step,
@@ -194,11 +194,11 @@ class Run:
         if not rollouts:  # asked to stop: a resumed run evaluates anew
             return
         seconds = time.perf_counter() - started
-        self.log.evaluation(step, {**metrics, **self._grading_metrics("eval"), "train/eval_dt": seconds})
+        written = self.log.evaluation(step, {**metrics, **self._grading_metrics(), "eval_dt": seconds})
         self.log.rollouts("eval", step, rollouts, rewards, n=t.n_rollouts_to_log)
-        self._look_for_trouble(step, metrics)
+        self._look_for_trouble(step, written)
         self.limit.record(evaluation=seconds)
-        reward = metrics["eval/reward"]
+        reward = metrics["reward"]
         is_best = self.state.best_reward is None or reward > self.state.best_reward
         self.state = replace(
             self.state,
@@ -246,10 +246,10 @@ class Run:
             self.save()
         return Status.ERROR if status is not None and self.checkpoints.failure is not None else status
 
-    def _grading_metrics(self, prefix: str) -> dict[str, float]:
+    def _grading_metrics(self) -> dict[str, float]:
         """What the grader has counted since it was last asked."""
         counts = self.scorer.grader.drain_counters()
-        return {f"{prefix}/grader_{name}": float(count) for name, count in counts.items()}
+        return {f"grader_{name}": float(count) for name, count in counts.items()}
 
     def _compare_with_estimate(self, measured_gb: float) -> None:
         """Put the measured peak of the inner steps beside what --dry-run would have said, on a GPU."""
