@@ -1,6 +1,6 @@
 """Every parameter: its default, its one-line doc, and the values it may take. Standard library only.
 
-A YAML file holds only what differs from these. `python train_grpo.py --help` prints this file as a table.
+A YAML file holds only what differs from these. `python train_grpo.py --help-config` prints every field.
 """
 
 from __future__ import annotations
@@ -10,7 +10,10 @@ from typing import Any
 
 
 def option(default: Any, doc: str, **rules: Any) -> Any:
-    """A config field: its default, doc and rules: `low`/`high` (inclusive), `above`/`below` (exclusive), `choices`."""
+    """A config field: its default, doc and rules: `low`/`high` (inclusive), `above`/`below` (exclusive), `choices`.
+
+    A field with a `heading` begins a group of fields, for `--help-config`.
+    """
     metadata = {"doc": doc, **rules}
     if isinstance(default, list | dict):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
@@ -43,7 +46,7 @@ class Paths:
 class Training:
     """The algorithm, its optimizer, how responses are sampled and scored, and how often the run evaluates and saves."""
 
-    seed: int = option(1337, "seed of every random stream", low=0, high=2**63 - 1)
+    seed: int = option(1337, "seed of every random stream", low=0, high=2**63 - 1, heading="Machine and numbers")
     device: str = option("cuda:0", "device that the policy trains on: cuda:0, cpu, ...")
     dtype: str = option(
         "bfloat16", "dtype of the weights, gradients and optimizer state", choices=["bfloat16", "float32"]
@@ -66,7 +69,9 @@ class Training:
     )
     use_compile: bool = option(False, "compile the policy's forward pass with torch.compile")
 
-    n_grpo_steps: int = option(10, "number of GRPO steps; each samples and trains on one rollout batch", low=1)
+    n_grpo_steps: int = option(
+        10, "number of GRPO steps; each samples and trains on one rollout batch", low=1, heading="Batches and loss"
+    )
     rollout_batch_size: int = option(256, "rollouts per GRPO step", low=1)
     group_size: int = option(8, "rollouts per prompt", low=1)
     epochs_per_rollout_batch: int = option(1, "passes over each rollout batch", low=1)
@@ -105,7 +110,9 @@ class Training:
         True, "leave rollouts that have no gradient out of the forward and backward pass"
     )
 
-    learning_rate: float = option(1e-5, "AdamW's learning rate, the same for the whole run", above=0.0)
+    learning_rate: float = option(
+        1e-5, "AdamW's learning rate, the same for the whole run", above=0.0, heading="Optimizer"
+    )
     weight_decay: float = option(0.0, "AdamW's decoupled weight decay", low=0.0)
     adam_beta1: float = option(0.9, "AdamW's decay rate of the first moment", low=0.0, below=1.0)
     adam_beta2: float = option(0.95, "AdamW's decay rate of the second moment", low=0.0, below=1.0)
@@ -119,6 +126,7 @@ class Training:
         "auto",
         "engine that samples responses; auto is vllm if it is installed and the policy is on a GPU, else transformers",
         choices=["auto", "vllm", "transformers"],
+        heading="Sampling",
     )
     generation_batch_size: int = option(256, "number of sequences that the transformers engine samples at once", low=1)
     temperature: float = option(1.0, "sampling temperature of rollouts and of evaluation", above=0.0)
@@ -142,12 +150,14 @@ class Training:
     )
     system_prompt: str = option("", "system message for the chat template; empty is none")
 
-    reward_fn: str = option("r1_zero", "reward function that scores responses")
+    reward_fn: str = option("r1_zero", "reward function that scores responses", heading="Rewards")
     extra_rewards: dict[str, float] = option(
         {}, "more reward functions; each reward is multiplied by its weight here and added"
     )
 
-    eval_interval: int | None = option(4, "GRPO steps between evaluations; null is never", low=1)
+    eval_interval: int | None = option(
+        4, "GRPO steps between evaluations; null is never", low=1, heading="Evaluation, checkpoints and logging"
+    )
     max_val_examples: int | None = option(
         1024, "number of validation problems that evaluations use, always the same ones; null is all", low=1
     )
@@ -167,7 +177,9 @@ class Training:
     wandb_run_name: str = option("", "name of the run on Weights & Biases; empty lets it choose")
     wandb_tags: list[str] = option([], "tags of the run on Weights & Biases")
 
-    track_peak_memory: bool = option(True, "measure and log the peak memory of each phase of a step")
+    track_peak_memory: bool = option(
+        True, "measure and log the peak memory of each phase of a step", heading="Memory and speed"
+    )
     use_gradient_checkpointing: bool = option(True, "save memory by computing activations again in the backward pass")
     use_vllm_sleep_mode: bool = option(True, "let vLLM free its GPU memory while the policy trains")
     use_bnb_adamw8bit: bool = option(True, "use the 8-bit AdamW of bitsandbytes instead of torch's fused AdamW")

@@ -25,7 +25,8 @@ from configs.defaults import Config
 from utils.log.files import CONFIG_FILE
 from utils.log.output import unwritable
 from utils.preflight.config import load_config, to_dict
-from utils.preflight.obstacles import is_local, refuse, shortfalls, unusable_files
+from utils.preflight.model_files import is_local
+from utils.preflight.obstacles import refuse, shortfalls, unusable_files
 from utils.preflight.yaml_values import to_yaml_value
 from utils.run.ending import Status
 

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from configs.defaults import default_of
 from utils.log.metrics import metrics_table
-from utils.preflight.config import describe_rules, sections
+from utils.preflight.config_rules import sections
+from utils.preflight.field_docs import describe_rules
 from utils.preflight.yaml_values import to_yaml_value
 
 README = Path(__file__).parents[1] / "README.md"

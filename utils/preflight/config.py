@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import textwrap
 import typing
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from configs.defaults import Config, default_of
+from configs.defaults import Config
 from utils.log.files import write_atomically
 from utils.preflight.config_rules import REMOVED, ConfigError, check_config, fields, nearest, sections
 from utils.preflight.yaml_values import (
@@ -23,7 +22,6 @@ from utils.preflight.yaml_values import (
     source_of,
     text_node,
     to_value,
-    to_yaml_value,
 )
 
 Leaf = tuple[str, yaml.Node, str]  # a field's dotted name, its value, and where that is from
@@ -176,23 +174,5 @@ def _check_name(key: str, origin: str) -> None:
         example = next(name for name in known if name.startswith(f"{key}."))
         raise ConfigError(f"{origin}: {key} is a section; give its fields, for example {example}")
     like = nearest(key, known)
-    remedy = f"did you mean {like!r}?" if like else "--help lists the keys"
+    remedy = f"did you mean {like!r}?" if like else "--help-config lists the fields"
     raise ConfigError(f"{origin}: unknown key {key!r}; {remedy}")
-
-
-def describe_fields() -> str:
-    """Every field with its default and doc, by section: the body of `--help`."""
-    lines = []
-    for section, cls in sections().items():
-        lines += ["", f"{section}: {(cls.__doc__ or '').strip()}"]
-        for field in dataclasses.fields(cls):
-            head = f"  {section}.{field.name} = {to_yaml_value(default_of(field))}"
-            doc = textwrap.wrap(describe_rules(field), width=100, initial_indent=" " * 6, subsequent_indent=" " * 6)
-            lines += [head, *doc]
-    return "\n".join(lines)
-
-
-def describe_rules(field: dataclasses.Field) -> str:
-    """A field's doc, with the values it may take where they are listed."""
-    choices = field.metadata.get("choices")
-    return field.metadata["doc"] + (f" ({', '.join(map(str, choices))})" if choices else "")

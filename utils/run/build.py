@@ -18,7 +18,8 @@ from utils.engines import build_engine
 from utils.log.files import CONFIG_FILE, METRICS_FILE, save_run_info
 from utils.log.output import claimed
 from utils.log.run_log import RunLog
-from utils.preflight.config import ConfigError, save_config, to_dict
+from utils.preflight.config import save_config, to_dict
+from utils.preflight.config_rules import ConfigError
 from utils.preflight.obstacles import output_obstacles, refuse
 from utils.problems import (
     ProblemStream,
