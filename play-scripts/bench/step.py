@@ -84,7 +84,7 @@ def model_flops(model_config: dict[str, Any], metrics: dict[str, float]) -> floa
     attention = 6 * model_config["num_hidden_layers"] * model_config["hidden_size"]
     return (
         6 * layers * metrics["bench/model_tokens"]
-        + 6 * head * metrics["train/trained_tokens"]
+        + 6 * head * metrics["trained_tokens"]
         + attention * metrics["bench/squared_lengths"]
     )
 

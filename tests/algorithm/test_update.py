@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM
 from update_cases import ON_POLICY, N, make_batch
 
 from configs.defaults import Training
-from utils.algorithm.statistics import StepSums
-from utils.algorithm.update import UpdateResult, minibatches, take_optimizer_step, update_policy
-from utils.records import TrainBatch
+from train_grpo import update_policy
+from utils.algorithm.batch import TrainBatch, minibatches
+from utils.algorithm.statistics import UpdateResult, UpdateStatistics
+from utils.algorithm.update import take_optimizer_step
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def policy(policy_float64: torch.nn.Module) -> torch.nn.Module:
 
 def update(policy: torch.nn.Module, batch: TrainBatch, training: Training) -> UpdateResult:
     optimizer = torch.optim.SGD(policy.parameters(), lr=training.learning_rate)
-    return update_policy(policy, optimizer, batch, training, grpo_step=0)
+    return update_policy(policy, optimizer, batch, training, steps_done=0)
 
 
 def gradients(policy: torch.nn.Module, before: torch.nn.Module, rate: float) -> dict[str, torch.Tensor]:
@@ -42,7 +43,7 @@ def paper_gradients(policy: torch.nn.Module, batch: TrainBatch, cliprange: float
     """The clipped objective (DeepSeekMath, equation 3, without KL), sequence by sequence from full logits."""
     objective = torch.zeros((), dtype=torch.float64)
     for i in range(len(batch.rewards)):
-        length, n_response = int(batch.sequence_lengths[i]), int(batch.response_lengths[i])
+        length, n_response = int(batch.sequence_lengths[i]), int(batch.response_mask[i].sum())
         if n_response == 0:
             continue
         ids = batch.input_ids[i, :length]
@@ -83,7 +84,7 @@ def test_result_does_not_depend_on_how_a_minibatch_is_cut(
     for training in cuts:
         policy = copy.deepcopy(policy_float64)
         metrics = update(policy, batch, training).metrics
-        results.append((gradients(policy, policy_float64, training.learning_rate), metrics["train/loss"]))
+        results.append((gradients(policy, policy_float64, training.learning_rate), metrics["loss"]))
     for other_gradients, other_loss in results[1:]:
         assert other_loss == pytest.approx(results[0][1], abs=1e-6)
         for name, gradient in results[0][0].items():
@@ -102,13 +103,13 @@ def test_pad_id_does_not_matter(policy_float64: torch.nn.Module) -> None:
 
 def test_on_policy_ratio_is_one_and_off_policy_ratio_moves(policy: torch.nn.Module) -> None:
     metrics = update(policy, make_batch(), ON_POLICY).metrics
-    assert metrics["train/mean_ratio"] == 1.0
-    assert metrics["train/clip_fraction"] == 0.0
+    assert metrics["mean_ratio"] == 1.0
+    assert metrics["clip_fraction"] == 0.0
     several = replace(ON_POLICY, epochs_per_rollout_batch=3, train_batch_size=4, learning_rate=0.05)
     result = update(policy, make_batch(), several)
     assert result.n_optimizer_steps == 6
-    assert abs(result.metrics["train/mean_ratio"] - 1) > 1e-4
-    assert result.metrics["train/clip_fraction"] > 0
+    assert abs(result.metrics["mean_ratio"] - 1) > 1e-4
+    assert result.metrics["clip_fraction"] > 0
 
 
 def test_clip_and_no_clip_are_one_on_policy_and_two_off_policy(policy_float64: torch.nn.Module) -> None:
@@ -135,7 +136,7 @@ def sampler_gap(policy: torch.nn.Module, batch: TrainBatch, rows: list[int]) -> 
 
 
 def assert_sampler_gap(metrics: dict[str, float], expected: tuple[float, float]) -> None:
-    found = metrics["train/sampler_kl"], metrics["train/sampler_max_diff"]
+    found = metrics["sampler_kl"], metrics["sampler_max_diff"]
     assert found == pytest.approx(expected, rel=1e-4)
 
 
@@ -146,9 +147,9 @@ def test_statistics_are_over_response_tokens_of_the_whole_step(policy: torch.nn.
     entropy = -(log_softmax.exp() * log_softmax).sum(-1)[batch.response_mask].mean()
     expected = sampler_gap(policy, batch, list(range(N)))
     metrics = update(policy, batch, replace(ON_POLICY, skip_zero_advantage=False)).metrics
-    assert metrics["train/entropy"] == pytest.approx(entropy.item(), rel=1e-5)
+    assert metrics["entropy"] == pytest.approx(entropy.item(), rel=1e-5)
     assert_sampler_gap(metrics, expected)
-    assert metrics["train/trained_tokens"] == batch.response_mask.sum()
+    assert metrics["trained_tokens"] == batch.response_mask.sum()
 
 
 SEVERAL_STEPS = replace(ON_POLICY, train_batch_size=4, epochs_per_rollout_batch=2, learning_rate=0.05)
@@ -167,11 +168,11 @@ def test_sampler_statistics_without_old_log_probs_are_the_first_optimizer_steps(
     """Later ones train on the same tokens with weights that the sampler never had."""
     batch, training = make_batch(rewards=(1, 0, 0, 1, 1, 0, 1, 1)), replace(SEVERAL_STEPS, loss_type=loss_type)
     signal = batch.rewards if loss_type == "no_baseline" else batch.advantages
-    first = [row for row in next(minibatches(N, training, grpo_step=0)).tolist() if signal[row] != 0]
+    first = [row for row in next(minibatches(N, training, steps_done=0)).tolist() if signal[row] != 0]
     expected = sampler_gap(policy, batch, first)
     metrics = update(policy, batch, training).metrics
-    assert metrics["train/trained_tokens"] > batch.response_mask[first].sum()
-    assert "train/mean_ratio" not in metrics
+    assert metrics["trained_tokens"] > batch.response_mask[first].sum()
+    assert "mean_ratio" not in metrics
     assert_sampler_gap(metrics, expected)
 
 
@@ -183,7 +184,7 @@ def test_sampler_statistics_of_a_step_that_trains_on_nothing_are_one_microbatchs
     batch = make_batch(rewards=(1,) * N, seed=1)
     expected = sampler_gap(policy, batch, list(range(N)))
     metrics = update_policy(policy, optimizer, batch, training, 1).metrics
-    assert metrics["train/trained_tokens"] == 0.0
+    assert metrics["trained_tokens"] == 0.0
     assert sampler_gap(policy, batch, list(range(N))) != pytest.approx(expected, rel=1e-4)
     assert_sampler_gap(metrics, expected)
 
@@ -192,13 +193,13 @@ def test_sampler_statistics_where_only_later_optimizer_steps_train(policy: torch
     """The first minibatch has no signal and is compared all the same; the second meets other weights."""
     training = replace(SEVERAL_STEPS, loss_type="reinforce_with_baseline", epochs_per_rollout_batch=1)
     training.gradient_accumulation_steps = 1
-    first = next(minibatches(N, training, grpo_step=0)).tolist()
+    first = next(minibatches(N, training, steps_done=0)).tolist()
     batch = make_batch()
     batch.advantages[:] = 1.0
     batch.advantages[first] = 0.0
     expected = sampler_gap(policy, batch, first)
     metrics = update(policy, batch, training).metrics
-    assert metrics["train/trained_tokens"] == batch.response_mask.sum() - batch.response_mask[first].sum()
+    assert metrics["trained_tokens"] == batch.response_mask.sum() - batch.response_mask[first].sum()
     assert_sampler_gap(metrics, expected)
 
 
@@ -215,7 +216,7 @@ def test_a_batch_without_signal_moves_weights_by_momentum_alone(policy: torch.nn
         assert any(not torch.equal(b, p) for b, p in zip(before, model.parameters(), strict=True))
     for one, other in zip(policy.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(one, other, atol=1e-9, rtol=1e-9)
-    assert result.metrics["train/loss"] == 0.0
+    assert result.metrics["loss"] == 0.0
 
 
 def test_gradient_is_clipped_to_the_norm(policy_float64: torch.nn.Module) -> None:
@@ -224,8 +225,8 @@ def test_gradient_is_clipped_to_the_norm(policy_float64: torch.nn.Module) -> Non
     metrics = update(policy, make_batch(), training).metrics
     moved = torch.cat([g.flatten() for g in gradients(policy, policy_float64, training.learning_rate).values()])
     assert moved.norm().item() == pytest.approx(1e-3, rel=1e-3)
-    assert metrics["train/grad_norm"] > 1e-3
-    assert metrics["train/frac_grad_clipped"] == 1.0
+    assert metrics["grad_norm"] > 1e-3
+    assert metrics["frac_grad_clipped"] == 1.0
 
 
 def test_non_finite_numbers_never_reach_the_weights(policy: torch.nn.Module) -> None:
@@ -237,7 +238,7 @@ def test_non_finite_numbers_never_reach_the_weights(policy: torch.nn.Module) -> 
     assert result.skipped == [True]
     assert result.n_optimizer_steps == 0
     assert set(result.nonfinite_rows) == {0, 1, 3}  # row 2 is empty, the second group is not trained on
-    assert result.metrics["train/nonfinite_steps"] == 1.0
+    assert result.metrics["nonfinite_steps"] == 1.0
     for one, other in zip(policy.parameters(), before.parameters(), strict=True):
         assert torch.equal(one, other)
 
@@ -254,10 +255,11 @@ def test_a_non_finite_gradient_alone_skips_the_step(policy: torch.nn.Module, val
     for parameter in policy.parameters():
         parameter.grad = torch.ones_like(parameter)
     next(policy.parameters()).grad[0, 0] = value
-    result = UpdateResult(metrics={})
-    optimizer = torch.optim.AdamW(policy.parameters())
-    rows = [(torch.tensor([4, 2]), torch.tensor([False, True]))]
-    take_optimizer_step(policy, optimizer, torch.tensor(0.5), rows, 1.0, StepSums(), result)
+    watch = UpdateStatistics(policy, make_batch(), ON_POLICY)
+    watch.minibatch(torch.arange(N))
+    watch._suspects = [(torch.tensor([4, 2]), torch.tensor([False, True]))]
+    take_optimizer_step(policy, torch.optim.AdamW(policy.parameters()), ON_POLICY, watch)
+    result = watch.result()
     assert result.skipped == [True]
     assert result.nonfinite_rows == [2]
     assert all(torch.equal(b, p) for b, p in zip(before, policy.parameters(), strict=True))
@@ -267,7 +269,7 @@ def test_a_non_finite_gradient_alone_skips_the_step(policy: torch.nn.Module, val
 def test_a_stop_before_the_first_optimizer_step_leaves_the_weights_alone(policy: torch.nn.Module) -> None:
     before = [p.detach().clone() for p in policy.parameters()]
     optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
-    result = update_policy(policy, optimizer, make_batch(), ON_POLICY, 0, stop_requested=lambda: True)
+    result = update_policy(policy, optimizer, make_batch(), ON_POLICY, 0, should_stop=lambda: True)
     assert result.abandoned
     assert all(torch.equal(b, p) for b, p in zip(before, policy.parameters(), strict=True))
     assert all(p.grad is None for p in policy.parameters())
@@ -277,7 +279,7 @@ def test_a_stop_after_an_optimizer_step_finishes_the_grpo_step(policy: torch.nn.
     training = replace(ON_POLICY, train_batch_size=4, gradient_accumulation_steps=1)
     answers = iter([False, True, True, True])
     optimizer = torch.optim.SGD(policy.parameters(), lr=1e-3)
-    result = update_policy(policy, optimizer, make_batch(), training, 0, stop_requested=lambda: next(answers))
+    result = update_policy(policy, optimizer, make_batch(), training, 0, should_stop=lambda: next(answers))
     assert not result.abandoned
     assert result.n_optimizer_steps == 2
 

@@ -29,7 +29,7 @@ from configs.defaults import Config
 from utils import tiny
 from utils.engines import installed_vllm
 from utils.engines.transformers_engine import TransformersEngine
-from utils.run.engine_check import EngineOutOfStep, self_check
+from utils.run.engine_check import EngineOutOfStep, compare_log_probs
 
 pytestmark = [
     pytest.mark.gpu,
@@ -101,7 +101,7 @@ def test_stop_leaves_no_rollouts_and_a_working_engine(tiny_model_dir: Path, toke
         prompts = prompts_of(tokenizer, 40)
         assert_stops_and_goes_on(engine, policy, prompts)
         whole = ids_of(engine.generate(prompts, n=3, seed=5))
-        assert engine.generate(prompts, n=3, seed=5, stop=asked_to_stop(4)) == []
+        assert engine.generate(prompts, n=3, seed=5, should_stop=asked_to_stop(4)) == []
         engine.sleep()
         engine.update_weights(policy)
         assert ids_of(engine.generate(prompts, n=3, seed=5)) == whole
@@ -124,13 +124,13 @@ def test_sleep_frees_memory_and_waking_loses_nothing(
             sharpen_on_gpu(policy, seed)
             engine.update_weights(policy)
             rollouts = engine.generate(prompts_of(tokenizer, 16), n=2, seed=seed)
-            self_check(engine, policy, rollouts, config)
+            compare_log_probs(engine, policy, rollouts, config)
             assert ids_of(engine.generate(prompts_of(tokenizer, 16), n=2, seed=seed)) == ids_of(rollouts)
             free, total = torch.cuda.mem_get_info()
             slept = engine.sleep()
             assert engine.sleep() == {}
             freed = torch.cuda.mem_get_info()[0] - free
-            assert freed == pytest.approx(slept["train/sleep_freed_gb"] * 1e9, rel=0.1)
+            assert freed == pytest.approx(slept["sleep_freed_gb"] * 1e9, rel=0.1)
             assert freed > 0.7 * config.vllm.gpu_memory_utilization * total
         assert torch.cuda.get_rng_state().tolist() == before
     finally:
@@ -147,7 +147,7 @@ def test_a_push_makes_no_second_copy(large_model_dir: Path, tokenizer: PreTraine
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         metrics = engine.update_weights(policy)
-        assert torch.cuda.max_memory_allocated() - before < 0.5 * metrics["train/push_gb"] * 1e9
+        assert torch.cuda.max_memory_allocated() - before < 0.5 * metrics["push_gb"] * 1e9
         assert torch.cuda.memory_allocated() - before < 1e6
     finally:
         engine.close()
@@ -163,7 +163,7 @@ def test_self_check_catches_pushes_that_were_skipped(
         engine.update_weights(policy)
         sharpen_on_gpu(policy, seed=9)
         with pytest.raises(EngineOutOfStep):
-            self_check(engine, policy, engine.generate(prompts_of(tokenizer, 16), n=2, seed=0), config)
+            compare_log_probs(engine, policy, engine.generate(prompts_of(tokenizer, 16), n=2, seed=0), config)
     finally:
         engine.close()
 

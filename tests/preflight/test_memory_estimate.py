@@ -132,7 +132,7 @@ def test_checkpointing_keeps_one_layer_and_the_beginnings_of_all():
 HEAD = """
 import json, torch
 from utils.algorithm.log_probs import chunked_log_probs
-from utils.preflight.memory_estimate import MemoryTracker
+from utils.run.memory_tracker import MemoryTracker
 tokens, vocabulary, hidden, dtype = 600, 60_000, 384, getattr(torch, {dtype!r})
 states = torch.randn(tokens, hidden).to(dtype).requires_grad_()
 weight = torch.randn(vocabulary, hidden).to(dtype).requires_grad_()

@@ -25,14 +25,16 @@ from utils.rewards.functions import RewardScorer
 from utils.rewards.grader import Grader
 from utils.run.checkpoint import Checkpoints, TrainState
 from utils.run.ending import StopRequest, TimeLimit
-from utils.run.guard import Advisor, CollapseGuard
+from utils.run.engine_check import EngineCheck
 from utils.run.memory_tracker import MemoryTracker
-from utils.run.run import Run
+from utils.run.run import Learner, Run
+from utils.run.step_meter import StepMeter
 from utils.run.trial import try_longest_microbatch
+from utils.run.watchers import Watchers
 from utils.seeding import restore_random_state, seed_everything
 
 
-def build_run(config: Config, resume: bool, allow_changes: bool, stop: StopRequest, limit: TimeLimit) -> Run:
+def build_run(config: Config, resume: bool, allow_changes: bool, stop_request: StopRequest, limit: TimeLimit) -> Run:
     """Everything that `train` needs, from the newest checkpoint in `output_dir` where `resume`.
 
     Raises ValueError for what the user can mend: a model that does not load, a folder that holds a run, a changed
@@ -43,11 +45,11 @@ def build_run(config: Config, resume: bool, allow_changes: bool, stop: StopReque
         raise ConfigError(f"training.device = {device!r}: torch finds no GPU that it can use; set training.device=cpu")
     with claimed(Path(config.paths.output_dir)) as lock:
         checkpoint = find_checkpoint(config, resume, allow_changes)
-        return assemble(config, checkpoint, resume, stop, limit, lock)
+        return assemble(config, checkpoint, resume, stop_request, limit, lock)
 
 
 def assemble(
-    config: Config, checkpoint: Path | None, resume: bool, stop: StopRequest, limit: TimeLimit, lock: TextIO
+    config: Config, checkpoint: Path | None, resume: bool, stop_request: StopRequest, limit: TimeLimit, lock: TextIO
 ) -> Run:
     """Load, build and restore the parts of a run, and begin to write its files."""
     t, output_dir = config.training, Path(config.paths.output_dir)
@@ -58,33 +60,31 @@ def assemble(
     longest_prompt = max(len(prompt.token_ids) for prompt in (*train_prompts, *validation_prompts))
     with telling_of_damage(checkpoint):
         policy, optimizer, engine = build_learner(config, model_path, tokenizer, longest_prompt)
-    stop.install()  # vLLM and others may have put handlers of their own in place
+    stop_request.install()  # vLLM and others may have put handlers of their own in place
 
-    problem_stream, guard, advisor = ProblemStream(train_prompts, t.seed), CollapseGuard(config), Advisor(config)
+    problem_stream, watchers = ProblemStream(train_prompts, t.seed), Watchers(config)
     checkpoints = Checkpoints(output_dir / "checkpoints", t.checkpoint_keep)
     state = TrainState(problem_stream=problem_stream.state_dict())
     if checkpoint is not None:
-        state = restore(checkpoint, checkpoints, optimizer, problem_stream, guard, advisor)
+        state = checkpoints.load(checkpoint, optimizer)
+        problem_stream.load_state_dict(state.problem_stream)
+        watchers.load_state_dict(state.guard, state.advisor)
         if state.skipped_in_a_row >= t.max_nonfinite_steps:  # what ended the run; a resume is another try
             state = replace(state, skipped_in_a_row=0)
     log = open_log(config, resume, state, engine.name, [*notes, *more_notes])
     if checkpoint is not None:
         restore_random_state(state.random)  # last: loading models, engine and tracker draws from these generators
+    scorer = RewardScorer(t.reward_fn, t.extra_rewards, Grader(**to_dict(config)["grader"]))
     return Run(
         config=config,
-        policy=policy,
-        tokenizer=tokenizer,
-        optimizer=optimizer,
-        engine=engine,
-        scorer=RewardScorer(t.reward_fn, t.extra_rewards, Grader(**to_dict(config)["grader"])),
-        problem_stream=problem_stream,
+        learner=Learner(policy, tokenizer, optimizer, engine, scorer, problem_stream),
         validation_prompts=fixed_subset(validation_prompts, t.max_val_examples, t.seed),
         checkpoints=checkpoints,
-        guard=guard,
-        advisor=advisor,
+        watchers=watchers,
+        engine_check=EngineCheck(config),
         log=log,
-        memory=MemoryTracker(torch.device(t.device), t.track_peak_memory),
-        stop=stop,
+        meter=StepMeter(MemoryTracker(torch.device(t.device), t.track_peak_memory)),
+        stop_request=stop_request,
         limit=limit,
         state=state,
         lock=lock,
@@ -120,22 +120,6 @@ def telling_of_damage(checkpoint: Path | None) -> Iterator[None]:
         raise ConfigError(
             f"the checkpoint {checkpoint} is damaged ({error.__cause__}); delete that folder, and --resume {then}"
         ) from error
-
-
-def restore(
-    checkpoint: Path,
-    checkpoints: Checkpoints,
-    optimizer: torch.optim.Optimizer,
-    problem_stream: ProblemStream,
-    guard: CollapseGuard,
-    advisor: Advisor,
-) -> TrainState:
-    """Put every part that has a state back to where it was when the checkpoint was saved."""
-    state = checkpoints.load(checkpoint, optimizer)
-    problem_stream.load_state_dict(state.problem_stream)
-    guard.load_state_dict(state.guard)
-    advisor.load_state_dict(state.advisor)
-    return state
 
 
 def find_checkpoint(config: Config, resume: bool, allow_changes: bool) -> Path | None:

@@ -33,7 +33,7 @@ class MemoryTracker:
             self._reset()
 
     def mark(self, name: str) -> int:
-        """Put the peak since the last mark down under `name`, keep the largest of equal names; returns it in bytes."""
+        """Record the peak since the last mark under `name`; repeated names keep the maximum. Returns it in bytes."""
         if not self.enabled:
             return 0
         peak = self._peak()
@@ -65,12 +65,12 @@ class MemoryTracker:
 
 
 def peak_memory_metrics(peaks: dict[str, int], asleep_gb: float = 0.0) -> dict[str, float]:
-    """Peak bytes by phase -> `train/peak_memory_gb`, the largest, and one metric a phase; GB of 10^9 bytes.
+    """Peak bytes by phase -> `peak_memory_gb`, the largest, and one metric per phase; GB of 10^9 bytes.
 
     `asleep_gb` is what vLLM gave back while it slept: it unmaps that behind torch's allocator, which counts it on.
     """
     by_phase = {
-        f"train/{phase}_peak_memory_gb": peak / 1e9 - (asleep_gb if phase in PHASES_ASLEEP else 0.0)
+        f"{phase}_peak_memory_gb": peak / 1e9 - (asleep_gb if phase in PHASES_ASLEEP else 0.0)
         for phase, peak in peaks.items()
     }
-    return {"train/peak_memory_gb": max(by_phase.values()), **by_phase} if by_phase else {}
+    return {"peak_memory_gb": max(by_phase.values()), **by_phase} if by_phase else {}
