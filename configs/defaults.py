@@ -173,28 +173,12 @@ class Grader:
 
 @dataclass
 class Guard:
-    """When a run counts as collapsed, and when it is worth a warning (utils/run/guard.py)."""
+    """What happens if a run collapses. The thresholds are constants in utils/run/guard.py."""
 
     action: str = option("warn", "what a collapse does to the run", choices=["stop", "warn", "off"])
     patience: int = option(
-        5, "GRPO steps in a row that a fault has to last; a fall of the reward: twice as many", low=1
+        5, "GRPO steps in a row for which a fault must last; a fall of the reward must last twice as long", low=1
     )
-    repeat_interval: int = option(20, "GRPO steps until the same warning is said again", low=1)
-    runaway_share: float = option(
-        0.9, "runaway: share of responses (of tokens) that reach max_tokens", above=0.0, high=1.0
-    )
-    ended_share: float = option(0.75, "and the share that once was no more than this", low=0.0, below=1.0)
-    shrunk_share: float = option(0.5, "shrinking, reward down: share of the longest mean length", above=0.0, below=1.0)
-    vanished_share: float = option(0.25, "shrinking, reward unknown or not up: share of it", above=0.0, below=1.0)
-    kept_share: float = option(0.85, "reward is down below this share of its best", above=0.0, below=1.0)
-    noise_std_errors: float = option(
-        2.0, "and if chance does not explain it: standard errors beyond the best of as many", low=0.0
-    )
-    fallen_evaluations: int = option(3, "falling: evaluations in a row that reward is down", low=1)
-    truncated_warning: float = option(0.25, "warn if more responses than this are truncated", low=0.0, high=1.0)
-    high_format_reward: float = option(0.8, "warn if format reward is at least this and answers get worse", low=0.0)
-    sampler_kl_growth: float = option(3.0, "warn if the sampler's KL has grown by this factor", above=1.0)
-    sampler_kl_floor: float = option(1e-3, "and is at least this, nats", low=0.0)
 
 
 @dataclass

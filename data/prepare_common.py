@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from utils.log.output import unwritable
 from utils.problems import problem_from_row, save_problems
 from utils.records import Problem
 
@@ -36,8 +37,9 @@ def write_splits(output: Path, splits: dict[str, Rows], published: dict[str, int
     already there.
     """
     for split in splits:
-        if (output / SPLITS[split]).exists():
-            raise ValueError(f"{output / SPLITS[split]} is already there; delete it or choose another --output")
+        reason = unwritable(output / SPLITS[split], is_file=True, is_new=True)
+        if reason is not None:
+            raise ValueError(f"{output / SPLITS[split]}: {reason}")
     read = {split: read_split(split, rows) for split, rows in splits.items()}
     output.mkdir(parents=True, exist_ok=True)
     for split, (problems, without_answer) in read.items():

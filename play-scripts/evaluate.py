@@ -23,6 +23,7 @@ from rich.table import Table
 
 from configs.defaults import Config
 from utils.log.files import CONFIG_FILE
+from utils.log.output import unwritable
 from utils.preflight.config import load_config, to_dict
 from utils.preflight.obstacles import is_local, refuse, shortfalls, unusable_files
 from utils.run.ending import Status
@@ -43,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> Status:
     summary = {"checkpoint": options.checkpoint, "data": config.paths.val_data_file, **summary}
     show(summary)
     if options.output:
+        Path(options.output).parent.mkdir(parents=True, exist_ok=True)
         Path(options.output).write_text(json.dumps(summary, indent=2) + "\n")
         print(f"written to {options.output}")
     return Status.FINISHED
@@ -63,8 +65,9 @@ def check_options(options: argparse.Namespace) -> None:
     """Raise ValueError for what is wrong with the command alone."""
     if options.samples < 0 or (options.samples == 0 and not options.greedy):
         raise ValueError(f"--samples {options.samples}: nothing to do; give 1 or more, or leave --no-greedy out")
-    if options.output and (Path(options.output).is_dir() or not Path(options.output).absolute().parent.is_dir()):
-        raise ValueError(f"--output {options.output}: give a file in a folder that exists")
+    reason = options.output and unwritable(Path(options.output), is_file=True)
+    if reason:
+        raise ValueError(f"--output {options.output}: {reason}")
     folder = Path(options.checkpoint)
     if is_local(options.checkpoint) and not (folder / "config.json").is_file():
         inside = [folder / place / name for place in ("checkpoints", ".") for name in ("best", "last")]
@@ -135,11 +138,10 @@ def summarize(rollouts: list, rewards: list, n: int) -> dict:
             label = getattr(rollout.prompt.problem, name)
             if label is not None:
                 by_value[label].append(value)
-    metrics = response_metrics("eval", rollouts, rewards)
     return {
         "problems": len(groups),
         "responses_a_problem": n,
-        **{name.removeprefix("eval/"): value for name, value in metrics.items()},
+        **response_metrics(rollouts, rewards),
         "reward_std_error": standard_error(per_problem),
         "pass_at_k": {str(k): mean([pass_at_k(n, right, k) for right in n_right]) for k in ks},
         "right_format_wrong_answer": sum(reward.format > 0 and reward.answer == 0 for reward in rewards),

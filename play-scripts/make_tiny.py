@@ -21,6 +21,7 @@ from train_sft import run_command, save_checkpoint, with_progress
 
 from configs.defaults import Training
 from utils import tiny
+from utils.log.files import whole_folder
 from utils.problems import load_demonstrations, load_template, save_problems
 
 OPTIONS_FILE = "options.json"
@@ -28,20 +29,13 @@ TEMPLATE = Path(__file__).parents[1] / "data" / "tiny.prompt"
 
 
 def make(options: argparse.Namespace) -> None:
-    """Build the folder under another name, then rename it: a folder of that name is always whole."""
+    """Build the folder, unless it is there already; a folder of that name is always whole."""
     check_options(options)
     output = Path(options.output)
     if is_there(output, recipe(options), options.force):
         print(f"{output} is already there; --force makes it again")
         return
-    unfinished = output.with_name(output.name + ".tmp")
-    if unfinished.exists():
-        shutil.rmtree(unfinished)
-    unfinished.mkdir(parents=True)
-
     training_problems, validation_problems = tiny.make_problems(options.validation_pairs, options.seed)
-    save_problems(unfinished / "train.jsonl", training_problems)
-    save_problems(unfinished / "validation.jsonl", validation_problems)
     demonstrations = tiny.make_demonstrations(
         training_problems,
         load_template(TEMPLATE),
@@ -50,14 +44,15 @@ def make(options: argparse.Namespace) -> None:
         options.share_malformed,
         options.seed,
     )
-    rows = "".join(json.dumps(row) + "\n" for row in demonstrations)
-    (unfinished / "demonstrations.jsonl").write_text(rows)
-    warm_start(unfinished, options)
-    (unfinished / OPTIONS_FILE).write_text(json.dumps(recipe(options), indent=2) + "\n")
-
-    if output.exists():
-        shutil.rmtree(output)
-    unfinished.rename(output)
+    with whole_folder(output) as unfinished:
+        save_problems(unfinished / "train.jsonl", training_problems)
+        save_problems(unfinished / "validation.jsonl", validation_problems)
+        rows = "".join(json.dumps(row) + "\n" for row in demonstrations)
+        (unfinished / "demonstrations.jsonl").write_text(rows)
+        warm_start(unfinished, options)
+        (unfinished / OPTIONS_FILE).write_text(json.dumps(recipe(options), indent=2) + "\n")
+        if output.exists():
+            shutil.rmtree(output)
     print(
         f"wrote {output}: {len(training_problems)} training and {len(validation_problems)} validation problems, model/"
     )

@@ -22,7 +22,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from configs.defaults import Training
-from utils.log.files import METRICS_FILE, encode_row
+from utils.log.files import METRICS_FILE, encode_row, whole_folder
+from utils.log.output import unwritable
+from utils.log.progress import ProgressBar
 from utils.preflight.obstacles import is_local
 from utils.problems import load_demonstrations
 from utils.run.ending import Status
@@ -35,29 +37,23 @@ SCHEDULES = ("constant", "linear", "cosine")
 
 
 def with_progress(steps: Iterator[dict], n_steps: int, print_every: int) -> Iterator[dict]:
-    """Pass the steps on, with a progress bar, and a line every so many."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("SFT"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, transient=True) as progress:
-        task = progress.add_task("SFT", total=n_steps)
+    """Pass the steps on, with a progress bar, and a line per `print_every` steps."""
+    with ProgressBar("SFT", n_steps) as bar:
         for metrics in steps:
-            progress.update(task, advance=1)
+            bar.advance()
             if metrics["step"] % print_every == 0 or metrics["step"] == n_steps:
-                progress.console.print(
+                bar.line(
                     f"step {metrics['step']}/{n_steps}  loss {metrics['loss']:.4f} nats/token  "
-                    f"grad norm {metrics['grad_norm']:.3g}  learning rate {metrics['learning_rate']:.3g}",
-                    highlight=False,
+                    f"grad norm {metrics['grad_norm']:.3g}  learning rate {metrics['learning_rate']:.3g}"
                 )
             yield metrics
 
 
 def save_checkpoint(folder: Path, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Save under another name first, so that a folder of this name is always whole."""
-    unfinished = folder.with_name(folder.name + ".tmp")
-    policy.save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
-    unfinished.rename(folder)
+    """A checkpoint that `from_pretrained` loads; a folder of this name is always whole."""
+    with whole_folder(folder) as unfinished:
+        policy.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -107,8 +103,9 @@ def load(loader: Callable[..., Loaded], model: str, *arguments: object) -> Loade
 
 def check_options(options: argparse.Namespace, output: Path) -> None:
     """Raise ValueError for options that can't be, with what would be right."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"--output {output} already holds something; choose another folder or delete it")
+    reason = unwritable(output, is_new=True)
+    if reason is not None:
+        raise ValueError(f"--output {output}: {reason}")
     if is_local(options.model) and not (Path(options.model) / "config.json").is_file():
         raise ValueError(f"--model {options.model}: no config.json there; give a checkpoint folder or a hub name")
     for name in ("steps", "batch_size", "gradient_accumulation_steps", "max_tokens"):

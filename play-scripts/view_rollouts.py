@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.text import Text
 
 from utils.log.files import ROLLOUTS_FILE, Row, read_rows
+from utils.log.output import unwritable
 
 PAGE = Path(__file__).with_name("rollout_page.html")
 FIELDS = {
@@ -134,6 +135,10 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse_arguments()
+    reason = arguments.html and unwritable(arguments.html, is_file=True)
+    if reason:
+        print(f"--html {arguments.html}: {reason}", file=sys.stderr)
+        return 2
     try:
         rollouts, complaints = load_rollouts(arguments.run)
     except ValueError as error:
@@ -146,12 +151,8 @@ def main() -> int:
         print(f"no rollout to show ({len(rollouts)} logged, none passes the filters)", file=sys.stderr)
         return 2
     if arguments.html:
-        try:
-            arguments.html.parent.mkdir(parents=True, exist_ok=True)
-            arguments.html.write_text(page(chosen, f"Rollouts of {arguments.run}"), encoding="utf-8")
-        except OSError as error:
-            print(f"--html {arguments.html}: cannot be written ({error.strerror})", file=sys.stderr)
-            return 2
+        arguments.html.parent.mkdir(parents=True, exist_ok=True)
+        arguments.html.write_text(page(chosen, f"Rollouts of {arguments.run}"), encoding="utf-8")
         print(arguments.html)
         return 0
     console = Console(highlight=False)

@@ -332,7 +332,7 @@ def test_prepare_math_from_raw_files(tmp_path: Path) -> None:
     assert f"left out, as it has no answer: {tmp_path / 'raw/train/geometry/1.json'}" in result.stdout
 
     again = prepare("prepare_math.py", "--raw", tmp_path / "raw", "--output", tmp_path / "out")
-    assert again.returncode == 2 and "train.jsonl is already there" in again.stderr
+    assert again.returncode == 2 and "train.jsonl: is already there" in again.stderr
     offline = prepare("prepare_math.py", "--output", tmp_path / "hub")  # conftest turns the hub off
     assert offline.returncode == 2 and "see --raw for files" in offline.stderr and "Traceback" not in offline.stderr
 

@@ -169,7 +169,7 @@ def test_make_tiny_refuses_what_cannot_be(
     assert script["run_command"](script["build_parser"](), script["make"]) == 2
     assert capsys.readouterr().err == f"make_tiny.py: {complaint}\n"
     assert contents(tmp_path) == {"options.json": b"{}"}
-    assert not tmp_path.with_name(tmp_path.name + ".tmp").exists()
+    assert not tmp_path.with_name(f".saving-{tmp_path.name}").exists()
 
 
 def test_make_tiny_leaves_a_folder_of_others_alone(tmp_path: Path) -> None:

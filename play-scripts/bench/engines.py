@@ -117,7 +117,7 @@ def push_and_sleep(engine: RolloutEngine, policy: PreTrainedModel, level: int) -
     engine.update_weights(policy)
     slept = engine.sleep()
     pushed = engine.update_weights(policy)
-    figures = {name.removeprefix("train/"): round(value, 4) for name, value in (slept | pushed).items()}
+    figures = {name: round(value, 4) for name, value in (slept | pushed).items()}
     return figures | ({"sleep_level": level} if slept else {})
 
 

@@ -18,12 +18,14 @@ import pytest
 import torch
 
 from utils.log.files import (
+    UNFINISHED,
     cut_rows,
     encode_row,
     git_state,
     package_versions,
     read_rows,
     save_run_info,
+    whole_folder,
     write_atomically,
 )
 from utils.log.metrics import METRICS, metrics_table
@@ -85,12 +87,12 @@ def run_child(code: str, *arguments: object, **environment: str) -> subprocess.C
 
 def test_rows_hold_axis_time_and_values(tmp_path: Path) -> None:
     with RunLog(tmp_path, n_grpo_steps=2) as log:
-        log.evaluation(0, {"eval/reward": 0.25})
-        log.train_step(1, {"train/loss": -0.5, "optimizer_step": 4})
+        assert log.evaluation(0, {"reward": 0.25, "eval_dt": 2.5}) == {"eval/reward": 0.25, "train/eval_dt": 2.5}
+        log.train_step(1, {"loss": -0.5, "optimizer_step": 4})
         before_close = strict_rows(tmp_path / "metrics.jsonl")
     times = [row.pop("time") for row in before_close]
     assert before_close == [
-        {"eval_step": 0, "eval/reward": 0.25},
+        {"eval_step": 0, "eval/reward": 0.25, "train/eval_dt": 2.5},
         {"grpo_step": 1, "train/loss": -0.5, "optimizer_step": 4},
     ]
     assert 0 <= times[0] <= times[1]
@@ -106,10 +108,10 @@ def test_nonfinite_values_are_strict_json_and_named(value: float) -> None:
 
 def test_unknown_or_misplaced_metric_raises(tmp_path: Path) -> None:
     with RunLog(tmp_path, n_grpo_steps=1) as log:
-        with pytest.raises(ValueError, match=r"no train/\* metric is called train/los: .*log/metrics"):
-            log.train_step(1, {"train/los": 1.0})
-        with pytest.raises(ValueError, match=r"no eval/\* metric is called train/loss"):
-            log.evaluation(1, {"train/loss": 1.0})
+        with pytest.raises(ValueError, match=r"no metric is called train/los: .*log/metrics"):
+            log.train_step(1, {"los": 1.0})
+        with pytest.raises(ValueError, match=r"no metric is called eval/loss"):
+            log.evaluation(1, {"loss": 1.0})
     assert strict_rows(tmp_path / "metrics.jsonl") == []
 
 
@@ -122,7 +124,7 @@ def test_every_specified_metric_is_described() -> None:
 
 def test_a_folder_with_metrics_is_refused_without_resume(tmp_path: Path) -> None:
     RunLog(tmp_path, n_grpo_steps=1).close("finished")
-    with pytest.raises(ValueError, match=r"metrics\.jsonl is there already"):
+    with pytest.raises(FileExistsError, match=r"metrics\.jsonl"):
         RunLog(tmp_path, n_grpo_steps=1)
 
 
@@ -130,8 +132,8 @@ def test_resume_cuts_what_came_later_and_each_step_stands_once(tmp_path: Path) -
     rollouts, rewards = make_rollouts(6)
     log = RunLog(tmp_path, n_grpo_steps=4)
     for step in range(1, 5):
-        log.train_step(step, {"train/loss": float(step)})
-        log.evaluation(step, {"eval/reward": step / 10})
+        log.train_step(step, {"loss": float(step)})
+        log.evaluation(step, {"reward": step / 10})
         log.rollouts("train", step, rollouts, rewards, n=2)
     log.warn("kept")
     log.close("failed", "crash")
@@ -143,7 +145,7 @@ def test_resume_cuts_what_came_later_and_each_step_stands_once(tmp_path: Path) -
     with RunLog(tmp_path, n_grpo_steps=4, resume_at=2) as log:
         assert not (tmp_path / "status.json").exists()
         assert {row["grpo_step"] for row in strict_rows(tmp_path / "rollouts.jsonl")} == {1, 2}
-        log.train_step(3, {"train/loss": 30.0})
+        log.train_step(3, {"loss": 30.0})
     rows = strict_rows(tmp_path / "metrics.jsonl")
     assert [(row.get("grpo_step"), row.get("eval_step")) for row in rows] == [
         (1, None), (None, 1), (2, None), (None, 2), (3, None)
@@ -191,7 +193,7 @@ from pathlib import Path
 from utils.log.run_log import RunLog
 log = RunLog(Path(sys.argv[1]), n_grpo_steps=10**6)
 for step in itertools.count(1):
-    log.train_step(step, {"train/loss": 0.5})
+    log.train_step(step, {"loss": 0.5})
 """
     child = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, text=True)
     shown = [child.stdout.readline() for _ in range(50)]
@@ -258,7 +260,7 @@ def test_endings(tmp_path: Path) -> None:
 
 def test_plain_lines_without_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with RunLog(tmp_path, n_grpo_steps=100) as log:
-        log.train_step(7, {"train/reward": 0.5, "train/loss": math.nan, "train/tokens_per_second": 12345.6})
+        log.train_step(7, {"reward": 0.5, "loss": math.nan, "tokens_per_second": 12345.6})
         log.note("x" * 300)
         log.warn("[bold]as it is[/bold]")
     assert capsys.readouterr().out.splitlines() == [
@@ -275,8 +277,8 @@ from pathlib import Path
 from utils.log.run_log import RunLog
 with RunLog(Path(sys.argv[1]), n_grpo_steps=3) as log:
     for step in (1, 2, 3):
-        log.train_step(step, {"train/reward": step / 4})
-    log.evaluation(3, {"eval/reward": 0.875})
+        log.train_step(step, {"reward": step / 4})
+    log.evaluation(3, {"reward": 0.875})
     log.end_progress()
     log.note("what to try next")
 """
@@ -350,8 +352,8 @@ class FakeWandb(types.ModuleType):
 def log_with(wandb: FakeWandb | None, folder: Path, monkeypatch: pytest.MonkeyPatch, **options: object) -> RunLog:
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     log = RunLog(folder, n_grpo_steps=2, wandb_project="p", **options)
-    log.train_step(1, {"train/loss": 1.0})
-    log.evaluation(1, {"eval/reward": 0.5})
+    log.train_step(1, {"loss": 1.0})
+    log.evaluation(1, {"reward": 0.5})
     log.close("finished")
     assert len(strict_rows(folder / "metrics.jsonl")) == 2
     return log
@@ -403,7 +405,7 @@ import sys
 from pathlib import Path
 from utils.log.run_log import RunLog
 with RunLog(Path(sys.argv[1]), n_grpo_steps=1, wandb_project="p", config={"a": 1}) as log:
-    log.train_step(1, {"train/loss": float("nan")})
+    log.train_step(1, {"loss": float("nan")})
     print("id", log.tracker_id)
 """
     done = run_child(code, tmp_path / "run", HOME=str(tmp_path), **environment)
@@ -464,3 +466,70 @@ def test_write_atomically_replaces(tmp_path: Path) -> None:
     write_atomically(tmp_path / "f", "two")
     assert (tmp_path / "f").read_text() == "two"
     assert list(tmp_path.iterdir()) == [tmp_path / "f"]
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    write_atomically(tmp_path / "f", "one")
+    with pytest.raises(UnicodeEncodeError):
+        write_atomically(tmp_path / "f", "\ud800")
+    assert (tmp_path / "f").read_text() == "one"
+    assert list(tmp_path.iterdir()) == [tmp_path / "f"]
+
+
+def test_a_folder_has_its_name_only_when_it_is_whole(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    with pytest.raises(RuntimeError), whole_folder(folder) as unfinished:
+        (unfinished / "f").write_text("half")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / f"{UNFINISHED}folder").mkdir()  # left by a process that was killed
+    (tmp_path / f"{UNFINISHED}folder" / "stale").touch()
+    with whole_folder(folder) as unfinished:
+        (unfinished / "f").write_text("whole")
+        assert not folder.exists()
+    assert [path.relative_to(tmp_path) for path in tmp_path.rglob("*")] == [Path("folder"), Path("folder/f")]
+
+
+@pytest.mark.parametrize("number", ["Infinity", "-Infinity", "NaN", "1e999"])
+def test_numbers_that_strict_json_lacks_make_a_line_no_row(tmp_path: Path, number: str) -> None:
+    path = tmp_path / "rollouts.jsonl"
+    lines = [f'{{"grpo_step": 1, "reward": {number}}}', '{"grpo_step": 2, "reward": 1.5}', "[" * 100_000]
+    path.write_text("".join(line + "\n" for line in lines))
+    rows, complaints = read_rows(path)
+    assert rows == [{"grpo_step": 2, "reward": 1.5}]
+    assert [text.partition(": ")[0] for text in complaints] == [f"{path}, line 1", f"{path}, line 3"]
+
+
+def test_rows_without_a_step_or_a_time_do_not_keep_a_run_from_going_on(tmp_path: Path) -> None:
+    rows = [{"grpo_step": 1, "train/loss": 0.5}, {"train/loss": 1.0}, {"grpo_step": "2", "time": 7.5}, {"eval_step": 1}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with RunLog(tmp_path, n_grpo_steps=2, resume_at=1) as log:
+        assert not log.lost_evaluation
+    assert strict_rows(tmp_path / "metrics.jsonl") == [rows[0], rows[3]]
+    (warning,) = warnings_in(tmp_path)
+    assert "rows without a grpo_step or an eval_step, left out: 2" in warning
+
+
+def test_a_resume_without_metrics_says_what_is_lost(tmp_path: Path) -> None:
+    with RunLog(tmp_path, n_grpo_steps=5, resume_at=4, evaluated_at=4) as log:
+        assert log.lost_evaluation
+        log.train_step(5, {"loss": 0.5})
+    assert [row["grpo_step"] for row in strict_rows(tmp_path / "metrics.jsonl")] == [5]
+    missing, again = warnings_in(tmp_path)
+    assert "metrics.jsonl is missing: what was measured up to GRPO step 4 is lost" in missing
+    assert "made again" in again
+
+
+def test_rollouts_of_a_lost_evaluation_are_cut_with_it(tmp_path: Path) -> None:
+    rollouts, rewards = make_rollouts(2)
+    with RunLog(tmp_path, n_grpo_steps=4) as log:
+        for step in (0, 2):
+            log.evaluation(step, {"reward": 0.5})
+            log.rollouts("eval", step, rollouts, rewards, n=2)
+        log.rollouts("train", 2, rollouts, rewards, n=1)
+    text = (tmp_path / "metrics.jsonl").read_text()
+    (tmp_path / "metrics.jsonl").write_text(text[:-20])
+    with RunLog(tmp_path, n_grpo_steps=4, resume_at=2, evaluated_at=2) as log:
+        assert log.lost_evaluation
+    kept = [(row["split"], row["grpo_step"]) for row in strict_rows(tmp_path / "rollouts.jsonl")]
+    assert kept == [("eval", 0), ("eval", 0), ("train", 2)]

@@ -153,7 +153,7 @@ def test_bad_input(run: Path, tmp_path: Path) -> None:
     assert "'x' is no step: write 20 or 20-40" in view(run, "--step", "x").stderr
     assert "9-3: the first step is beyond the last" in view(run, "--step", "9-3").stderr
     folder = view(run, "--html", tmp_path)
-    assert (folder.returncode, folder.stderr) == (2, f"--html {tmp_path}: cannot be written (Is a directory)\n")
+    assert (folder.returncode, folder.stderr) == (2, f"--html {tmp_path}: is a folder; give a file\n")
     with (run / "rollouts.jsonl").open("a") as file:
         file.write('{"split": "eval"}\n{"split": "ev')
     done = view(run)

@@ -43,12 +43,12 @@ def rollout(text: str, length: int, reason: str) -> Rollout:
 def test_response_metrics_by_hand() -> None:
     rollouts = [rollout("a", 2, "stop"), rollout("b", 4, "length")]
     rewards = [Reward(1.0, 1.0, 1.5), Reward(1.0, 0.0, 0.0)]
-    assert response_metrics("eval", rollouts, rewards) == {
-        "eval/reward": 0.75,
-        "eval/format_reward": 1.0,
-        "eval/answer_reward": 0.5,
-        "eval/mean_response_length": 3.0,
-        "eval/frac_truncated": 0.5,
+    assert response_metrics(rollouts, rewards) == {
+        "reward": 0.75,
+        "format_reward": 1.0,
+        "answer_reward": 0.5,
+        "mean_response_length": 3.0,
+        "frac_truncated": 0.5,
     }
 
 
@@ -62,8 +62,8 @@ def test_standard_error_is_over_problems_not_responses() -> None:
             return [Reward(0, 0, value) for value in (1.0, 1.0, 0.0, 0.0)]
 
     metrics, _, _ = evaluate(Engine(), [None, None], Scorer(), seed=0, n=2)
-    assert metrics["eval/reward"] == 0.5
-    assert metrics["eval/reward_std_error"] == pytest.approx(0.5)
+    assert metrics["reward"] == 0.5
+    assert metrics["reward_std_error"] == pytest.approx(0.5)
 
 
 def test_the_command_evaluates_a_checkpoint(tiny_model_dir: Path, tmp_path: Path) -> None:
@@ -121,6 +121,8 @@ def test_a_folder_that_is_no_checkpoint_comes_with_those_in_it(tmp_path: Path) -
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_the_work(tiny_model_dir: Path, tmp_path: Path) -> None:
-    for output in ("nowhere/figures.json", "."):
+    (tmp_path / "file").touch()
+    for output, reason in (("file/figures.json", "is a file"), (".", "is a folder; give a file")):
         message = refused(str(tiny_model_dir), "--output", output, cwd=tmp_path)
-        assert message == f"error: --output {output}: give a file in a folder that exists"
+        assert message.startswith(f"error: --output {output}: ")
+        assert reason in message

@@ -14,7 +14,7 @@ import torch
 from quickstart_cases import ROOT, command_line, rows, train
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from utils.log.files import claimed
+from utils.log.output import claimed
 from utils.preflight.obstacles import is_local
 from utils.run.build import what_resume_found
 
@@ -196,7 +196,7 @@ def test_a_claim_holds_until_its_file_is_closed(tmp_path: Path) -> None:
     with claimed(tmp_path / "run") as lock:
         lock.close()
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="cannot be written to"), claimed(tmp_path / "file" / "run"):
+    with pytest.raises(ValueError, match="is a file; give another"), claimed(tmp_path / "file" / "run"):
         pass
 
 

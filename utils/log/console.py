@@ -1,12 +1,10 @@
-"""How a training run looks in the terminal: a line a step, and a progress bar below where there is a terminal."""
+"""How a training run looks in the terminal: a line per step, with a progress bar below the lines."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from rich import get_console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.text import Text
+from utils.log.progress import ProgressBar
 
 # metric, its name on the console, its format
 TRAIN_PARTS = (
@@ -32,36 +30,17 @@ class TrainingConsole:
 
     def __init__(self, n_grpo_steps: int, completed: int) -> None:
         self._n_grpo_steps = n_grpo_steps
-        self._console = get_console()  # the one that generation's own bar uses, so that the two stack
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=self._console,
-            refresh_per_second=2,
-            speed_estimate_period=3600,  # a step may take minutes
-            disable=not self._console.is_terminal,
-        )
-        self._bar = self._progress.add_task("GRPO steps", total=n_grpo_steps, completed=completed)
-        self._progress.start()
-
-    def line(self, text: str, style: str = "") -> None:
-        self._console.print(Text(text, style=style), soft_wrap=True)
+        self._bar = ProgressBar("GRPO steps", n_grpo_steps, completed, stays=True)
+        self.line, self.close = self._bar.line, self._bar.close
 
     def train_step(self, grpo_step: int, metrics: Mapping[str, float]) -> None:
         self.line(self._describe("step", grpo_step, metrics, TRAIN_PARTS))
-        self._progress.update(self._bar, completed=grpo_step)
+        self._bar.show(completed=grpo_step)
 
     def evaluation(self, grpo_step: int, metrics: Mapping[str, float]) -> None:
         self.line(self._describe("eval", grpo_step, metrics, EVAL_PARTS), style="bold")
         if "eval/reward" in metrics:
-            self._progress.update(self._bar, description=f"eval reward {metrics['eval/reward']:.3f}")
-
-    def close(self) -> None:
-        self._progress.stop()
+            self._bar.show(label=f"eval reward {metrics['eval/reward']:.3f}")
 
     def _describe(
         self, label: str, grpo_step: int, metrics: Mapping[str, float], parts: tuple[tuple[str, str, str], ...]

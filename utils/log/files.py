@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import importlib.metadata
 import json
 import math
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
@@ -23,7 +23,7 @@ ROLLOUTS_FILE = "rollouts.jsonl"
 WARNINGS_FILE = "warnings.jsonl"
 STATUS_FILE = "status.json"
 RUN_INFO_FILE = "run.json"
-LOCK_FILE = ".lock"
+UNFINISHED = ".saving-"  # begins the name of a file or folder that is not whole yet; a killed process leaves it behind
 
 STATUSES = ("finished", "collapsed", "interrupted", "time_limit", "failed")
 
@@ -41,13 +41,17 @@ def encode_row(row: Row) -> str:
 
 
 def read_rows(path: Path) -> tuple[list[Row], list[str]]:
-    """The rows of a JSONL file, and a complaint for each line that isn't one (say, cut off by a crash)."""
+    """The rows of a JSONL file, and a complaint for each line that isn't one (say, cut off by a crash).
+
+    JSON is strict here: NaN, Infinity and a number as large as 1e999 make a line no row, as readers elsewhere, such as
+    a browser, cannot take them.
+    """
     rows, complaints = [], []
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                row = json.loads(line)
-            except ValueError:  # not UTF-8, or not JSON
+                row = json.loads(line, parse_constant=_finite, parse_float=_finite)
+            except (ValueError, RecursionError):  # not UTF-8, or not JSON
                 row = None
             if isinstance(row, dict) and line.endswith(b"\n"):
                 rows.append(row)
@@ -56,19 +60,61 @@ def read_rows(path: Path) -> tuple[list[Row], list[str]]:
     return rows, complaints
 
 
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is no number of strict JSON")
+    return value
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Replace a file in one go: a reader, or a crash, sees the old text or the new."""
-    unfinished = path.with_name(path.name + ".tmp")
-    with unfinished.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
+    unfinished = path.with_name(UNFINISHED + path.name)
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        flush(unfinished)
+        unfinished.replace(path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+    flush(path.parent)
 
 
-def step_of(row: Row) -> int:
-    """GRPO steps completed when the row was written."""
-    return row["grpo_step"] if "grpo_step" in row else row["eval_step"]
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Yields an empty folder to be filled, which then takes the name `folder`: a folder of that name is always whole.
+
+    Files are flushed to the disk before. An exception removes what was written. `folder` must not hold anything by
+    then.
+    """
+    unfinished = folder.with_name(UNFINISHED + folder.name)
+    if unfinished.exists():  # left by a process that was killed
+        shutil.rmtree(unfinished)
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        for path in [*unfinished.rglob("*"), unfinished]:
+            flush(path)
+        unfinished.rename(folder)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    flush(folder.parent)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def step_of(row: Row) -> int | None:
+    """GRPO steps completed when the row was written; None if it does not say."""
+    step = row.get("grpo_step", row.get("eval_step"))
+    return step if isinstance(step, int) else None
 
 
 def is_evaluation(row: Row) -> bool:
@@ -79,59 +125,26 @@ def is_evaluation(row: Row) -> bool:
 def cut_rows(path: Path, last_step: int, last_evaluation: int | None = None) -> tuple[list[Row], list[str]]:
     """Drop the rows of later GRPO steps, those of later evaluations (None: at the same step), and broken lines.
 
-    Returns the rows kept and a complaint a broken line.
+    Returns the rows kept and the complaints: one per broken line, one about rows that name no step.
     """
     if not path.exists():
         return [], []
     rows, complaints = read_rows(path)
     last_evaluation = last_step if last_evaluation is None else last_evaluation
-    kept = [row for row in rows if step_of(row) <= (last_evaluation if is_evaluation(row) else last_step)]
+    placed = [row for row in rows if step_of(row) is not None]
+    if len(placed) < len(rows):
+        complaints.append(f"{path}: rows without a grpo_step or an eval_step, left out: {len(rows) - len(placed)}")
+    kept = [row for row in placed if step_of(row) <= (last_evaluation if is_evaluation(row) else last_step)]
     write_atomically(path, "".join(encode_row(row) + "\n" for row in kept))
     return kept, complaints
 
 
-def holds_run(output_dir: Path) -> bool:
-    """Whether a run, perhaps of another config, has begun to write there."""
-    return any((output_dir / name).exists() for name in (CONFIG_FILE, METRICS_FILE))
-
-
-@contextlib.contextmanager
-def claimed(output_dir: Path) -> Iterator[TextIO]:
-    """Claim a run folder for this process, until the file that is given is closed or the process ends.
-
-    An exception within the context takes it back: what was not there before, lock file and folders, is gone again.
-    Raises ValueError where it cannot be written to, and where another process has it: two would write over each
-    other's checkpoints.
-    """
-    made = [folder for folder in (output_dir, *output_dir.parents) if not folder.exists()]
-    lock_file = output_dir / LOCK_FILE
-    had_lock_file = lock_file.exists()
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        lock = lock_file.open("a")
-    except OSError as error:
-        raise ValueError(f"{output_dir}: cannot be written to ({error.strerror}); give another folder") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        lock.close()
-        raise ValueError(f"{output_dir}: another process is running there; wait for it, or end it") from error
-    try:
-        yield lock
-    except BaseException:
-        if not had_lock_file:
-            lock_file.unlink(missing_ok=True)
-        lock.close()
-        with contextlib.suppress(OSError):  # not empty: something else has been written there
-            for folder in made:
-                folder.rmdir()
-        raise
-
-
 def save_run_info(output_dir: Path, seed: int) -> None:
-    """Write run.json: what was launched, from which code, with which packages. A resumed run adds its own launch."""
-    path = Path(output_dir) / RUN_INFO_FILE
-    launches = json.loads(path.read_text())["launches"] if path.exists() else []
+    """Write run.json: what was launched, from which code, with which packages. A resumed run adds its own launch.
+
+    Raises ValueError if the earlier launches cannot be read.
+    """
+    path, launches = Path(output_dir) / RUN_INFO_FILE, earlier_launches(output_dir)
     launch = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join([sys.executable, *sys.argv]),
@@ -144,6 +157,21 @@ def save_run_info(output_dir: Path, seed: int) -> None:
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps({"launches": [*launches, launch]}, indent=2) + "\n")
+
+
+def earlier_launches(output_dir: Path) -> list[Any]:
+    """What run.json lists, or nothing if it is absent. Raises ValueError, with the remedy, if it cannot be read."""
+    path = Path(output_dir) / RUN_INFO_FILE
+    try:
+        launches = json.loads(path.read_bytes())["launches"] if path.exists() else []
+    except (OSError, ValueError, KeyError, TypeError):
+        launches = None
+    if not isinstance(launches, list):
+        raise ValueError(
+            f"{path} is damaged (cut off, or not JSON with a list of `launches`); delete that file, and --resume goes "
+            "on without the launches that it listed"
+        )
+    return launches
 
 
 def package_versions() -> dict[str, str | None]:

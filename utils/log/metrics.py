@@ -1,8 +1,12 @@
-"""Every metric that a run may log, in one line each: the source of the README's table, checked on every row."""
+"""Every metric that a run may log, in one line each: the source of the README's table, checked on every row.
+
+Code that measures something uses the bare name, `reward`. `written_names` makes `train/reward` or `eval/reward` of it
+when the row is written; nothing else does.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 
 AXES: dict[str, str] = {
     "grpo_step": "GRPO steps completed: 1 is the first; x axis of `train/*`",
@@ -69,12 +73,22 @@ METRICS: dict[str, str] = {
     **{f"eval/grader_{name}": f"{meaning} (in the evaluation)" for name, meaning in GRADING.items()},
 }
 
+OWN_NAMES = {
+    "optimizer_step": "optimizer_step",  # an axis
+    "eval_dt": "train/eval_dt",  # time that training takes, although it is in the evaluation's row
+}
 
-def check_metric_names(names: Iterable[str], prefix: str) -> None:
-    """Raise ValueError for a name that METRICS lacks, or that stands under another prefix than this row's."""
-    unknown = sorted(name for name in names if name not in METRICS or not name.startswith(prefix))
+
+def written_names(metrics: Mapping[str, float], prefix: str) -> dict[str, float]:
+    """{"reward": 0.5} -> {"train/reward": 0.5}; OWN_NAMES have none of the row's prefix.
+
+    Raises ValueError for a name that is not described in METRICS.
+    """
+    written = {OWN_NAMES.get(name, prefix + name): value for name, value in metrics.items()}
+    unknown = sorted(written.keys() - METRICS.keys() - AXES.keys())
     if unknown:
-        raise ValueError(f"no {prefix}* metric is called {', '.join(unknown)}: describe it in utils/log/metrics.py")
+        raise ValueError(f"no metric is called {', '.join(unknown)}: describe it in utils/log/metrics.py")
+    return written
 
 
 def metrics_table() -> str:

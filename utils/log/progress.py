@@ -1,33 +1,69 @@
-"""A progress bar for generation, shown only where it takes longer than a moment and somebody looks at a terminal."""
+"""The one progress bar: of a training run, of generation, of SFT. It is drawn only on a terminal."""
 
 from __future__ import annotations
 
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from typing import Self
 
-DELAY = 2.0  # seconds without a bar
+from rich import get_console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+
+DELAY = 2.0  # seconds of generation without a bar: a shorter one would only flicker
+
+
+class ProgressBar:
+    """A labelled bar below the lines that are printed through it. Several at once are stacked.
+
+    It appears after `delay` seconds, and vanishes when it is closed unless it `stays`.
+    """
+
+    def __init__(self, label: str, total: int, completed: int = 0, delay: float = 0.0, stays: bool = False) -> None:
+        self._console = get_console()  # the same for all bars, so that they stack
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self._progress = Progress(
+            *columns,
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self._console,
+            refresh_per_second=2,
+            speed_estimate_period=3600,  # a step may take minutes
+            transient=not stays,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._progress.add_task(label, total=total, completed=completed)
+        self._appears_at, self._started = time.monotonic() + delay, False
+        self.advance(0)
+
+    def advance(self, count: int = 1) -> None:
+        """Call it when `count` more are done."""
+        self._progress.advance(self._task, count)
+        if not self._started and time.monotonic() >= self._appears_at:
+            self._progress.start()
+            self._started = True
+
+    def show(self, completed: int | None = None, label: str | None = None) -> None:
+        """Set how many are done, or the label."""
+        self._progress.update(self._task, completed=completed, description=label)
+
+    def line(self, text: str, style: str = "") -> None:
+        """Print a line above the bar. It is not wrapped, and nothing in it is read as markup."""
+        self._console.print(Text(text, style=style), soft_wrap=True)
+
+    def close(self) -> None:
+        self._progress.stop()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 @contextlib.contextmanager
 def progress_bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Yields `advance(count)`, to be told of every count of the total that is done; the bar vanishes at the end."""
-    from rich import get_console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    progress = Progress(*columns, transient=True, console=get_console(), disable=not get_console().is_terminal)
-    task = progress.add_task(label, total=total)
-    start, started = time.monotonic(), False
-
-    def advance(count: int) -> None:
-        nonlocal started
-        progress.advance(task, count)
-        if not started and time.monotonic() - start > DELAY:
-            progress.start()
-            started = True
-
-    try:
-        yield advance
-    finally:
-        progress.stop()
+    """Yields advance(n): call it when n more are done. The bar appears after `DELAY` and vanishes at the end."""
+    with ProgressBar(label, total, delay=DELAY) as bar:
+        yield bar.advance

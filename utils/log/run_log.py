@@ -20,7 +20,7 @@ from utils.log.files import (
     encode_row,
     write_atomically,
 )
-from utils.log.metrics import check_metric_names
+from utils.log.metrics import written_names
 from utils.log.tracker import NullTracker, WandbTracker, describe, tracker_errors
 from utils.records import Reward, Rollout
 from utils.seeding import derive_seed
@@ -51,15 +51,18 @@ class RunLog:
 
         `resume_at=k` goes on after GRPO step k, last evaluated at step `evaluated_at` (-1: not yet; None: at k): later
         rows and rollouts are cut, so that each stands once, while warnings stay. `tracker_id` is the `tracker_id` of
-        the run that is resumed. Raises ValueError where metrics are there already and `resume_at` is None.
+        the run that is resumed. Raises FileExistsError if metrics are there already and `resume_at` is None.
         """
         self._output_dir = Path(output_dir)
         self._output_dir.mkdir(parents=True, exist_ok=True)
         self._grpo_step = resume_at or 0
+        self.lost_evaluation = False  # whether the evaluation at `resume_at` has to be made again
         kept, complaints = self._prepare_files(resume_at, evaluated_at)
-        already_run = max((row["time"] for row in kept), default=0.0)
+        already_run = max((row["time"] for row in kept if isinstance(row.get("time"), int | float)), default=0.0)
         self._started = time.monotonic() - already_run
-        self._files = {name: (self._output_dir / name).open("a") for name in (METRICS_FILE, ROLLOUTS_FILE)}
+        mode = "x" if resume_at is None else "a"  # two runs must not be mixed
+        self._files = {METRICS_FILE: (self._output_dir / METRICS_FILE).open(mode)}
+        self._files[ROLLOUTS_FILE] = (self._output_dir / ROLLOUTS_FILE).open("a")
         self._console = TrainingConsole(n_grpo_steps, self._grpo_step)
         for complaint in complaints:
             self.warn(complaint)
@@ -72,14 +75,20 @@ class RunLog:
             self._started = time.monotonic() - already_run  # waiting for the tracker's server is no training time
 
     def _prepare_files(self, resume_at: int | None, evaluated_at: int | None) -> tuple[list[dict], list[str]]:
-        metrics_file = self._output_dir / METRICS_FILE
-        if resume_at is None and metrics_file.exists():
-            raise ValueError(f"{metrics_file} is there already: resume that run, or choose another output_dir")
         if resume_at is None:
             return [], []
+        metrics_file = self._output_dir / METRICS_FILE
+        evaluated_at = resume_at if evaluated_at is None else evaluated_at
+        complaints = []
+        if resume_at > 0 and not metrics_file.exists():
+            complaints.append(f"{metrics_file} is missing: what was measured up to GRPO step {resume_at} is lost")
+        kept, damage = cut_rows(metrics_file, resume_at, evaluated_at)
+        if evaluated_at == resume_at and not any(row.get("eval_step") == resume_at for row in kept):
+            self.lost_evaluation, evaluated_at = True, resume_at - 1
+            damage.append(f"{metrics_file}: the evaluation at GRPO step {resume_at} is missing, so it is made again")
+        complaints += damage + cut_rows(self._output_dir / ROLLOUTS_FILE, resume_at, evaluated_at)[1]
         (self._output_dir / STATUS_FILE).unlink(missing_ok=True)
-        kept, complaints = cut_rows(metrics_file, resume_at, evaluated_at)
-        return kept, complaints + cut_rows(self._output_dir / ROLLOUTS_FILE, resume_at, evaluated_at)[1]
+        return kept, complaints
 
     @property
     def tracker_id(self) -> str | None:
@@ -91,18 +100,20 @@ class RunLog:
         """Seconds this run has been running, its resumed parts added up."""
         return time.monotonic() - self._started
 
-    def train_step(self, grpo_step: int, metrics: dict[str, float]) -> None:
-        """Log one GRPO step: `train/*` metrics, and `optimizer_step` beside them."""
-        check_metric_names((name for name in metrics if name != "optimizer_step"), "train/")
+    def train_step(self, grpo_step: int, metrics: dict[str, float]) -> dict[str, float]:
+        """Log one GRPO step: metrics by bare names ("reward"), and `optimizer_step`. Returns them by written names."""
+        written = written_names(metrics, "train/")
         self._grpo_step = grpo_step
-        self._write_metrics({"grpo_step": grpo_step}, metrics)
-        self._console.train_step(grpo_step, metrics)
+        self._write_metrics({"grpo_step": grpo_step}, written)
+        self._console.train_step(grpo_step, written)
+        return written
 
-    def evaluation(self, grpo_step: int, metrics: dict[str, float]) -> None:
-        """Log one evaluation: `eval/*` metrics and `train/eval_dt`, after `grpo_step` completed steps."""
-        check_metric_names((name for name in metrics if name != "train/eval_dt"), "eval/")
-        self._write_metrics({"eval_step": grpo_step}, metrics)
-        self._console.evaluation(grpo_step, metrics)
+    def evaluation(self, grpo_step: int, metrics: dict[str, float]) -> dict[str, float]:
+        """Log one evaluation after `grpo_step` completed steps: metrics and `eval_dt` by bare names, as above."""
+        written = written_names(metrics, "eval/")
+        self._write_metrics({"eval_step": grpo_step}, written)
+        self._console.evaluation(grpo_step, written)
+        return written
 
     def rollouts(
         self,

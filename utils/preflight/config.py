@@ -13,7 +13,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from configs.defaults import Config, default_of
-from utils.preflight.config_rules import ConfigError, check_config, fields, nearest, sections
+from utils.log.files import write_atomically
+from utils.preflight.config_rules import REMOVED, ConfigError, check_config, fields, nearest, sections
 
 
 def load_config(config_files: Iterable[str | Path] = (), overrides: Iterable[str] = ()) -> Config:
@@ -24,7 +25,9 @@ def load_config(config_files: Iterable[str | Path] = (), overrides: Iterable[str
     merged = OmegaConf.structured(Config)
     origins: dict[str, str] = {}
     layers = [leaf for path in config_files for leaf in _file_leaves(Path(path), ())]
-    for key, value, origin in [*layers, *_override_leaves(overrides)]:
+    leaves = [*layers, *_override_leaves(overrides)]
+    _refuse_removed(leaves)
+    for key, value, origin in leaves:
         _check_name(key, origin)
         try:
             OmegaConf.update(merged, key, value, merge=False)
@@ -69,9 +72,7 @@ _QuotingDumper.add_representer(
 
 def save_config(config: Config, path: Path) -> None:
     """Write every field, so that `load_config([path])` gives the same config whatever the defaults become."""
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(yaml.dump(to_dict(config), Dumper=_QuotingDumper, sort_keys=False))
-    unfinished.replace(path)
+    write_atomically(path, yaml.dump(to_dict(config), Dumper=_QuotingDumper, sort_keys=False))
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -147,6 +148,15 @@ def _override_leaves(overrides: Iterable[str]) -> Iterator[tuple[str, Any, str]]
         except (yaml.YAMLError, OmegaConfBaseException) as error:
             raise ConfigError(f"command line: {text!r}: {raw!r} is not valid YAML") from error
         yield key.strip(), value, "command line"
+
+
+def _refuse_removed(leaves: Iterable[tuple[str, Any, str]]) -> None:
+    """Raise ConfigError for all fields of an older version at once: a saved config.yaml holds every one of them."""
+    removed = [(key, origin) for key, _, origin in leaves if key in REMOVED]
+    if removed:
+        keys, (_, first) = dict(removed), removed[0]
+        lines = "the line" if len(keys) == 1 else "the lines"
+        raise ConfigError(f"{first}: {', '.join(keys)}: {REMOVED[removed[0][0]]}; delete {lines}")
 
 
 def _check_name(key: str, origin: str) -> None:

@@ -27,6 +27,25 @@ def fields() -> dict[str, dataclasses.Field]:
     return {f"{name}.{field.name}": field for name, cls in sections().items() for field in dataclasses.fields(cls)}
 
 
+# Fields of older versions, which people's saved config.yaml files still hold, and what became of them.
+REMOVED = dict.fromkeys(
+    [
+        "guard.repeat_interval",
+        "guard.runaway_share",
+        "guard.ended_share",
+        "guard.shrunk_share",
+        "guard.vanished_share",
+        "guard.kept_share",
+        "guard.noise_std_errors",
+        "guard.fallen_evaluations",
+        "guard.truncated_warning",
+        "guard.high_format_reward",
+        "guard.sampler_kl_growth",
+        "guard.sampler_kl_floor",
+    ],
+    "a constant in utils/run/guard.py now",
+)
+
 LEAST_LIKENESS = 0.6  # of two names; below it a suggestion would be a guess
 
 

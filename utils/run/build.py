@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
 
 import torch
-from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from configs.defaults import Config
 from utils.algorithm.policy import build_optimizer, context_length, load_policy, load_tokenizer
 from utils.engines import build_engine
-from utils.log.files import CONFIG_FILE, METRICS_FILE, claimed, save_run_info
+from utils.log.files import CONFIG_FILE, save_run_info
+from utils.log.output import claimed
 from utils.log.run_log import RunLog
 from utils.preflight.config import ConfigError, save_config, to_dict
 from utils.preflight.obstacles import output_obstacles, refuse
@@ -58,8 +56,7 @@ def assemble(
     train_prompts, notes = load_prompts(config, config.paths.train_data_file, tokenizer)
     validation_prompts, more_notes = load_prompts(config, config.paths.val_data_file, tokenizer)
     longest_prompt = max(len(prompt.token_ids) for prompt in (*train_prompts, *validation_prompts))
-    with telling_of_damage(checkpoint):
-        policy, optimizer, engine = build_learner(config, model_path, tokenizer, longest_prompt)
+    policy, optimizer, engine = build_learner(config, model_path, tokenizer, longest_prompt)
     stop_request.install()  # vLLM and others may have put handlers of their own in place
 
     problem_stream, watchers = ProblemStream(train_prompts, t.seed), Watchers(config)
@@ -72,6 +69,9 @@ def assemble(
         if state.skipped_in_a_row >= t.max_nonfinite_steps:  # what ended the run; a resume is another try
             state = replace(state, skipped_in_a_row=0)
     log = open_log(config, resume, state, engine.name, [*notes, *more_notes])
+    checkpoints.tidy()  # not before everything was read: until here a damaged run is as it was
+    if log.lost_evaluation:
+        state = replace(state, evaluated_step=None)
     if checkpoint is not None:
         restore_random_state(state.random)  # last: loading models, engine and tracker draws from these generators
     scorer = RewardScorer(t.reward_fn, t.extra_rewards, Grader(**to_dict(config)["grader"]))
@@ -107,21 +107,6 @@ def build_learner(
     return policy, optimizer, engine
 
 
-@contextlib.contextmanager
-def telling_of_damage(checkpoint: Path | None) -> Iterator[None]:
-    """Names the checkpoint of the run whose weights cannot be read, and what there is to go on from without it."""
-    try:
-        yield
-    except ValueError as error:
-        if checkpoint is None or not isinstance(error.__cause__, SafetensorError):
-            raise
-        older = max((path for path in checkpoint.parent.glob("step_*") if path.name < checkpoint.name), default=None)
-        then = f"goes on from {older}" if older else "begins anew"
-        raise ConfigError(
-            f"the checkpoint {checkpoint} is damaged ({error.__cause__}); delete that folder, and --resume {then}"
-        ) from error
-
-
 def find_checkpoint(config: Config, resume: bool, allow_changes: bool) -> Path | None:
     """The checkpoint to go on from, None to begin. Raises ConfigError where the folder's run forbids either."""
     refuse(output_obstacles(config, resume, allow_changes))  # asked before; another process may have come since
@@ -150,7 +135,8 @@ def load_prompts(config: Config, path: str, tokenizer: PreTrainedTokenizerBase) 
 def open_log(config: Config, resume: bool, state: TrainState, engine_name: str, notes: list[str]) -> RunLog:
     """Open the run's log; write down its config, and what it runs on; say where it stands and what is worth knowing."""
     t, output_dir = config.training, Path(config.paths.output_dir)
-    resumes_run = resume and (output_dir / METRICS_FILE).exists()
+    save_run_info(output_dir, t.seed)  # these two come first: a disk that is full refuses them before the log is open
+    save_config(config, output_dir / CONFIG_FILE)
     log = RunLog(
         output_dir,
         n_grpo_steps=t.n_grpo_steps,
@@ -159,11 +145,9 @@ def open_log(config: Config, resume: bool, state: TrainState, engine_name: str, 
         wandb_tags=t.wandb_tags,
         config=to_dict(config),
         tracker_id=state.tracker_id,
-        resume_at=state.grpo_step if resumes_run else None,
+        resume_at=state.grpo_step if resume else None,
         evaluated_at=-1 if state.evaluated_step is None else state.evaluated_step,
     )
-    save_config(config, output_dir / CONFIG_FILE)
-    save_run_info(output_dir, t.seed)
     if resume:
         log.note(what_resume_found(output_dir, state.grpo_step, t.n_grpo_steps))
     log.note(f"rollouts by the {engine_name} engine")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 import json
-import os
+import pickle
 import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from utils.log.checkpoints import OPTIMIZER_FILE, STATE_FILE, DamagedCheckpoint, read_state, saved_checkpoints
+from utils.log.files import UNFINISHED, flush, whole_folder, write_atomically
 from utils.seeding import capture_random_state, restore_random_state
 
-STATE_FILE = "trainer_state.json"
-OPTIMIZER_FILE = "optimizer.pt"
-SAVING, REMOVING, LINKING = ".saving-", ".removing-", ".linking-"  # what a killed save may leave behind
+REMOVING, LINKING = ".removing-", ".linking-"  # with UNFINISHED, what a killed save may leave behind
 
 
 @dataclass(frozen=True)
@@ -76,25 +76,28 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path | str, keep: int) -> None:
-        """Clean up what a killed process left in `folder`: only the process that writes there may make this object."""
+        """Read which checkpoints there are, and change nothing. Raises DamagedCheckpoint if a state cannot be read."""
         self.folder, self.keep = Path(folder), keep
         self.failure: SaveFailure | None = None
+        self._best_names = {path.name for path in self.steps() if read_state(path).get("is_best")}
+
+    def tidy(self) -> None:
+        """Remove what a killed process left, and mend the links. Only the process that writes there may do this."""
         if self.folder.is_dir():
             self._remove_leftovers()
             self._update_links()
 
     def steps(self) -> list[Path]:
-        """All checkpoints, oldest first. Each is whole."""
-        found = [path for path in self.folder.glob("step_*") if path.name.removeprefix("step_").isdigit()]
-        return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+        """All checkpoints, oldest first. Each is whole, unless something else has damaged it."""
+        return saved_checkpoints(self.folder)
 
     def newest(self) -> Path | None:
-        """The newest checkpoint, or None where there is none yet."""
+        """The newest checkpoint; None if there is none yet."""
         return next(reversed(self.steps()), None)
 
     def best(self) -> Path | None:
-        """The newest checkpoint that was the best so far when it was saved."""
-        return next((path for path in reversed(self.steps()) if _read_json(path / STATE_FILE)["is_best"]), None)
+        """The newest checkpoint that was the best so far when it was saved; None if there is none."""
+        return next((path for path in reversed(self.steps()) if path.name in self._best_names), None)
 
     def save(
         self,
@@ -110,21 +113,19 @@ class Checkpoints:
         put into its state file.
         """
         final = self.folder / f"step_{state.grpo_step:06d}"
-        aside = self.folder / f"{SAVING}{final.name}"
         needed = _tensor_bytes([policy.state_dict(), optimizer.state_dict()])
         self.failure = None
         try:
             if final.is_dir():
-                _write_state(aside, state, is_best)
-                aside.replace(final / STATE_FILE)
-                _flush(final)
+                _write_state(final, state, is_best)
             else:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                _flush(self.folder.parent)
+                flush(self.folder.parent)
                 if needed > shutil.disk_usage(self.folder).free:
                     raise OSError(errno.ENOSPC, "not enough space on the disk")
-                _write(aside, state, policy, tokenizer, optimizer, is_best)
-                aside.rename(final)
+                with whole_folder(final) as unfinished:
+                    _write(unfinished, state, policy, tokenizer, optimizer, is_best)
+            self._best_names = self._best_names - {final.name} | ({final.name} if is_best else set())
             self._update_links()
             self._remove_old()
         except (OSError, SafetensorError) as error:
@@ -140,13 +141,15 @@ class Checkpoints:
         """Put the optimizer's state and the global random generators back; returns the rest.
 
         Weights come from `from_pretrained(path)`, tokenizer too. The optimizer keeps its own hyperparameters, which
-        come from the config. Call this last, as building the other parts draws random numbers.
+        come from the config. Call this last, as building the other parts draws random numbers. Raises
+        DamagedCheckpoint.
         """
-        saved = torch.load(path / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
-        for saved_group, group in zip(saved["param_groups"], optimizer.param_groups, strict=True):
-            saved_group.update({name: value for name, value in group.items() if name != "params"})
-        optimizer.load_state_dict(saved)
-        entries = _read_json(path / STATE_FILE)
+        entries = read_state(path)
+        wanted = {"is_best", *TrainState.__dataclass_fields__}
+        if entries.keys() != wanted:
+            odd = ", ".join(sorted(entries.keys() ^ wanted))
+            raise DamagedCheckpoint(path, f"{STATE_FILE} is not of this version: {odd}")
+        _load_optimizer(path, optimizer)
         del entries["is_best"]
         restore_random_state(entries["random"])
         return TrainState(**entries)
@@ -159,7 +162,7 @@ class Checkpoints:
                 link.unlink(missing_ok=True)
                 link.symlink_to(target.name, target_is_directory=True)
                 link.replace(self.folder / name)
-        _flush(self.folder)
+        flush(self.folder)
 
     def _remove_old(self) -> None:
         """Rename before removing: a folder with a checkpoint's name is whole at every instant."""
@@ -169,8 +172,8 @@ class Checkpoints:
         self._remove_leftovers()
 
     def _remove_leftovers(self) -> None:
-        for path in self.folder.glob(".*"):
-            if not path.name.startswith((SAVING, REMOVING, LINKING)):
+        for path in [*self.folder.glob(".*"), *self.folder.glob(f"step_*/{UNFINISHED}*")]:
+            if not path.name.startswith((UNFINISHED, REMOVING, LINKING)):
                 continue
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
@@ -179,11 +182,10 @@ class Checkpoints:
 
 
 def _write(folder: Path, state: TrainState, policy: Any, tokenizer: Any, optimizer: Any, is_best: bool) -> None:
-    """Write all files of a checkpoint and flush them and their folder to the disk."""
-    folder.mkdir()
+    """Write all files of a checkpoint."""
     policy.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    _write_state(folder / STATE_FILE, state, is_best)
+    _write_state(folder, state, is_best)
     try:
         with (folder / OPTIMIZER_FILE).open("wb") as file:
             torch.save(optimizer.state_dict(), file)
@@ -192,8 +194,21 @@ def _write(folder: Path, state: TrainState, policy: Any, tokenizer: Any, optimiz
             cause = error.__context__
             raise OSError(cause.errno, f"{OPTIMIZER_FILE}: {cause.strerror or cause}") from error
         raise
-    for path in [*folder.rglob("*"), folder]:
-        _flush(path)
+
+
+def _load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
+    """Load the optimizer's saved state, but for its hyperparameters. Raises DamagedCheckpoint."""
+    try:
+        saved = torch.load(checkpoint / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        # torch's own message may advise to load it with weights_only=False, which would run code in the file
+        raise DamagedCheckpoint(checkpoint, f"{OPTIMIZER_FILE} cannot be read as tensors") from error
+    try:
+        for saved_group, group in zip(saved["param_groups"], optimizer.param_groups, strict=True):
+            saved_group.update({name: value for name, value in group.items() if name != "params"})
+        optimizer.load_state_dict(saved)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise DamagedCheckpoint(checkpoint, f"{OPTIMIZER_FILE} does not fit the model") from error
 
 
 def _means_full_disk(error: OSError | SafetensorError) -> bool:
@@ -204,18 +219,8 @@ def _means_full_disk(error: OSError | SafetensorError) -> bool:
     )
 
 
-def _write_state(path: Path, state: TrainState, is_best: bool) -> None:
-    path.write_text(json.dumps(asdict(state) | {"is_best": is_best}))
-    _flush(path)
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _write_state(folder: Path, state: TrainState, is_best: bool) -> None:
+    write_atomically(folder / STATE_FILE, json.dumps(asdict(state) | {"is_best": is_best}))
 
 
 def _tensor_bytes(tree: Any) -> int:
@@ -229,7 +234,3 @@ def _tensor_bytes(tree: Any) -> int:
                 yield from tensors(child)
 
     return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors(tree)}.values())
-
-
-def _read_json(path: Path) -> dict:
-    return json.loads(path.read_text())

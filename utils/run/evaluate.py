@@ -18,7 +18,7 @@ def evaluate(
     temperature: float | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> tuple[dict[str, float], list[Rollout], list[Reward]]:
-    """Sample n responses per prompt and score them: (`eval/*` metrics, rollouts, rewards), a prompt's side by side.
+    """Sample n responses per prompt and score them: (metrics by bare names, rollouts, rewards), a prompt's in a row.
 
     The seed is the evaluation's own and the same every time, so that differences are the policy's. `temperature` and
     `should_stop` are those of `RolloutEngine.generate`: all three results are empty if the generation was stopped.
@@ -29,20 +29,20 @@ def evaluate(
     if not rollouts:
         return {}, [], []
     rewards = scorer.score(rollouts)
-    metrics = response_metrics("eval", rollouts, rewards)
+    metrics = response_metrics(rollouts, rewards)
     per_problem = [mean([r.total for r in rewards[i : i + n]]) for i in range(0, len(rewards), n)]
-    metrics["eval/reward_std_error"] = standard_error(per_problem)
+    metrics["reward_std_error"] = standard_error(per_problem)
     return metrics, rollouts, rewards
 
 
-def response_metrics(prefix: str, rollouts: Sequence[Rollout], rewards: Sequence[Reward]) -> dict[str, float]:
+def response_metrics(rollouts: Sequence[Rollout], rewards: Sequence[Reward]) -> dict[str, float]:
     """Mean rewards, response length in tokens, and the share that ran into max_tokens."""
     return {
-        f"{prefix}/reward": mean([reward.total for reward in rewards]),
-        f"{prefix}/format_reward": mean([reward.format for reward in rewards]),
-        f"{prefix}/answer_reward": mean([reward.answer for reward in rewards]),
-        f"{prefix}/mean_response_length": mean([len(rollout.response_ids) for rollout in rollouts]),
-        f"{prefix}/frac_truncated": mean([rollout.truncated for rollout in rollouts]),
+        "reward": mean([reward.total for reward in rewards]),
+        "format_reward": mean([reward.format for reward in rewards]),
+        "answer_reward": mean([reward.answer for reward in rewards]),
+        "mean_response_length": mean([len(rollout.response_ids) for rollout in rollouts]),
+        "frac_truncated": mean([rollout.truncated for rollout in rollouts]),
     }
 
 

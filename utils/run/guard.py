@@ -1,6 +1,6 @@
-"""Watches a run's metrics: `CollapseGuard` says when it has collapsed, `Advisor` what a researcher may want to mend.
+"""Watches a run's metrics: `CollapseGuard` says when it has collapsed, `Advisor` what a researcher may want to change.
 
-Both see only what has happened so far, and judge by the run's own history and limits, not by one model's numbers.
+Both see only what has happened so far. They judge by the run's own history and limits, not by one model's numbers.
 """
 
 from __future__ import annotations
@@ -28,42 +28,57 @@ COLLAPSE_METRICS = (
 )
 ADVICE_METRICS = (REWARD_ERROR, FORMAT, ANSWER, TRUNCATED, EQUAL_GROUPS, SAMPLER_KL)
 
+REPEAT_INTERVAL = 20  # GRPO steps before the same warning is given again
+
+RUNAWAY_SHARE = 0.9  # runaway: at least this share of the responses (or of max_tokens, by mean length) is at the limit
+ENDED_SHARE = 0.75  # runaway needs an earlier step at or below this share
+SHRUNK_SHARE = 0.5  # shrinking, if reward is down: responses below this share of the longest mean length
+VANISHED_SHARE = 0.25  # shrinking, if reward is unknown or not up: the same
+KEPT_SHARE = 0.85  # reward is down if it is below this share of its best
+NOISE_STD_ERRORS = 2.0  # ... by more standard errors than this (plus the selection bias of the best of N evaluations)
+FALLEN_EVALUATIONS = 3  # falling: reward has to be down in this many evaluations in a row
+
+TRUNCATED_WARNING = 0.25  # warn if more than this share of the responses is truncated
+HIGH_FORMAT_REWARD = 0.8  # warn if answers get worse while format reward is at least this
+SAMPLER_KL_GROWTH = 3.0  # warn if the sampler's KL has grown by this factor ...
+SAMPLER_KL_FLOOR = 1e-3  # ... and is at least this, nats
+
 
 @dataclass(frozen=True)
 class Verdict:
-    """A run has collapsed: why, and what was last seen of each metric."""
+    """A run has collapsed: the reason, and the last value of each metric."""
 
     reason: str
     evidence: dict[str, float]
 
     def __str__(self) -> str:
-        seen = ", ".join(f"{name} {value:.4g}" for name, value in self.evidence.items())
-        return f"{self.reason} (last seen: {seen})"
+        values = ", ".join(f"{name} {value:.4g}" for name, value in self.evidence.items())
+        return f"{self.reason} (last values: {values})"
 
 
 class Watcher:
-    """What guard and advisor share: the history of a few metrics, and when each thing was last said."""
+    """What guard and advisor share: the history of a few metrics, and the step of each last warning."""
 
     def __init__(self, config: Config, names: tuple[str, ...]) -> None:
         self.options, self.training = config.guard, config.training
         self.series: dict[str, list[list[float]]] = {name: [] for name in names}  # [GRPO step, value], in order
-        self.said: dict[str, int] = {}
+        self.warned_at: dict[str, int] = {}  # name of a warning -> GRPO step at which it was last given
 
     def state_dict(self) -> dict:
-        """Everything seen and said, JSON-able."""
-        return copy.deepcopy({"series": self.series, "said": self.said})
+        """The history and the warnings given so far, JSON-able."""
+        return copy.deepcopy({"series": self.series, "warned_at": self.warned_at})
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on from `state_dict`; an empty dict is the beginning."""
+        """Go on from `state_dict`; an empty dict is a run's beginning."""
         state = copy.deepcopy(state)
         self.series |= state.get("series", {})
-        self.said = state.get("said", {})
+        self.warned_at = state.get("warned_at", {})
 
     def values(self, name: str) -> list[float]:
         return [value for _, value in self.series[name]]
 
     def _add(self, grpo_step: int, metrics: Mapping[str, float]) -> None:
-        """Missing and non-finite values are left out; a step that is told of twice keeps the later value."""
+        """Missing and non-finite values are left out. If a step is reported twice, the later value counts."""
         for name, series in self.series.items():
             value = metrics.get(name)
             if value is not None and math.isfinite(value):
@@ -71,17 +86,16 @@ class Watcher:
                     series.pop()
                 series.append([grpo_step, float(value)])
 
-    def _may_say(self, what: str, grpo_step: int) -> bool:
-        """Whether it was not said within the last `repeat_interval` steps; then it counts as said."""
-        if what in self.said and grpo_step < self.said[what] + self.options.repeat_interval:
+    def _may_warn(self, name: str, grpo_step: int) -> bool:
+        """True if this warning was not given within the last REPEAT_INTERVAL steps; then it counts as given now."""
+        if name in self.warned_at and grpo_step < self.warned_at[name] + REPEAT_INTERVAL:
             return False
-        self.said[what] = grpo_step
+        self.warned_at[name] = grpo_step
         return True
 
     def _recent(self, name: str, n_steps: int | None = None, at_least: int = 2) -> list[float]:
-        """The values of the last `n_steps` GRPO steps (None: `patience`), but `at_least` so many where they are rare.
-
-        Empty where the metric has not been seen for that long.
+        """The values of the last `n_steps` GRPO steps (None: `patience`), or the last `at_least` values if the metric
+        is logged less often. Empty if the metric's history is shorter than that.
         """
         series, n_steps = self.series[name], n_steps or self.options.patience
         if not series or series[-1][0] - series[0][0] < n_steps - 1:
@@ -90,7 +104,7 @@ class Watcher:
         return self.values(name)[-n:] if len(series) >= n else []
 
     def _is_down(self, name: str, recent: list[float]) -> bool:
-        """Whether the recent evaluations are all below a share of the best one, by more than noise.
+        """Whether the recent evaluations are all below KEPT_SHARE of the best one, by more than noise.
 
         The best of N equal evaluations is expected about sqrt(2 ln N) standard errors above their mean.
         """
@@ -98,56 +112,56 @@ class Watcher:
             return False
         values = self.values(name)
         best = max(values)
-        margin = self.options.noise_std_errors + math.sqrt(2 * math.log(len(values)))
-        floor = min(self.options.kept_share * best, best - margin * self._standard_error(values))
+        margin = NOISE_STD_ERRORS + math.sqrt(2 * math.log(len(values)))
+        floor = min(KEPT_SHARE * best, best - margin * self._standard_error(values))
         return max(recent) < floor
 
     def _standard_error(self, rewards: list[float]) -> float:
-        """Of an evaluation: the largest reported, or that of as many coins as there are validation problems."""
+        """Standard error of an evaluation: the largest reported one, or the binomial one for `max_val_examples`
+        problems, whichever is larger."""
         variance = max(reward * (1 - reward) for reward in rewards)
         coin = math.sqrt(max(variance, 0.0) / (self.training.max_val_examples or math.inf))
         return max([coin, *self.values(REWARD_ERROR)])
 
 
 class CollapseGuard(Watcher):
-    """Three rules, each of which has to hold for a while before it speaks (thresholds: `Guard` in configs/defaults.py).
+    """Three rules. Each has to hold for `patience` GRPO steps before it gives a verdict.
 
-    1. Runaway: almost all responses run into `max_tokens`, after they once ended before it.
-    2. Shrinking: responses are far shorter than they once were and reward is down; or they are all but gone.
-    3. Falling: reward has left its best and stays down.
+    1. Runaway: almost all responses run into `max_tokens`, although fewer did before.
+    2. Shrinking: responses are far shorter than before and reward is down; or they have almost vanished.
+    3. Falling: reward has fallen from its best and stays down.
 
-    Length condemns no run that evaluates well: what is above its first evaluation and near its best is left alone by
-    1 and 2, until the next evaluation is overdue. Low entropy and spikes of the gradient norm condemn nobody, as
-    healthy runs have both; they are evidence.
+    A run that evaluates well is not judged by length: rules 1 and 2 pass it over while its last evaluation is above
+    its first and near its best, until the next evaluation is overdue. Low entropy and spikes of the gradient norm give
+    no verdict, because healthy runs have both; they are listed as evidence.
     """
 
     def __init__(self, config: Config) -> None:
         super().__init__(config, COLLAPSE_METRICS)
 
     def observe(self, grpo_step: int, metrics: Mapping[str, float]) -> Verdict | None:
-        """Take in what is known of a GRPO step, in one call or several; None while all is well.
+        """Take in the metrics of a GRPO step, in one call or several; None while all is well.
 
-        A run that goes on in spite of a verdict hears of it again every `repeat_interval` steps; one that is to stop,
-        at every step.
+        With `action` "warn" a verdict is repeated every REPEAT_INTERVAL steps, with "stop" at every step.
         """
         self._add(grpo_step, metrics)
         reason = self._runaway() or self._shrinking() or self._falling()
         if reason is None or self.options.action == "off":
             return None
-        if self.options.action != "stop" and not self._may_say("collapse", grpo_step):
+        if self.options.action != "stop" and not self._may_warn("collapse", grpo_step):
             return None
         return Verdict(reason, {name: series[-1][1] for name, series in self.series.items() if series})
 
     def _runaway(self) -> str | None:
-        name, limit, what = TRUNCATED, 1.0, "of responses ran into"
+        name, limit, meaning = TRUNCATED, 1.0, "of responses ran into"
         if not self.series[TRUNCATED]:  # the mean length says much the same
-            name, limit, what = LENGTH, self.training.max_tokens, "was the mean part of"
+            name, limit, meaning = LENGTH, self.training.max_tokens, "was the mean part of"
         recent = [value / limit for value in self._recent(name)]
-        if not recent or min(recent) < self.options.runaway_share:
+        if not recent or min(recent) < RUNAWAY_SHARE:
             return None
-        if min(self.values(name)) / limit > self.options.ended_share or self._evaluates_well():
+        if min(self.values(name)) / limit > ENDED_SHARE or self._evaluates_well():
             return None
-        return f"responses run away: {min(recent):.0%} or more {what} max_tokens, {len(recent)} times in a row"
+        return f"responses run away: {min(recent):.0%} or more {meaning} max_tokens, {len(recent)} times in a row"
 
     def _shrinking(self) -> str | None:
         recent = self._recent(LENGTH)
@@ -155,22 +169,22 @@ class CollapseGuard(Watcher):
             return None
         longest = max(self.values(LENGTH))
         is_down = self._is_down(REWARD, self._recent(REWARD))
-        shrunk = max(recent) < self.options.shrunk_share * longest and is_down
-        vanished = max(recent) < self.options.vanished_share * longest and not self._evaluates_well()
+        shrunk = max(recent) < SHRUNK_SHARE * longest and is_down
+        vanished = max(recent) < VANISHED_SHARE * longest and not self._evaluates_well()
         if not (shrunk or vanished):
             return None
         return f"responses shrink: {max(recent):.1f} tokens or fewer {len(recent)} times in a row, once {longest:.1f}"
 
     def _falling(self) -> str | None:
-        """Evaluations waver more than lengths, so a fall has to last twice as long."""
-        recent = self._recent(REWARD, 2 * self.options.patience, self.options.fallen_evaluations)
+        """Evaluations are noisier than lengths, so a fall has to last twice as long."""
+        recent = self._recent(REWARD, 2 * self.options.patience, FALLEN_EVALUATIONS)
         if not self._is_down(REWARD, recent):
             return None
         best, n = max(self.values(REWARD)), len(recent)
         return f"reward fell and stays down: eval/reward {recent[-1]:.3f}, once {best:.3f}, {n} evaluations in a row"
 
     def _evaluates_well(self) -> bool:
-        """Whether the last evaluation, unless another is overdue, is well above the first one and near the best."""
+        """Whether the last evaluation is well above the first one and near the best; False if the next is overdue."""
         rewards = self.series[REWARD]
         if len(rewards) < 2:
             return False
@@ -178,22 +192,22 @@ class CollapseGuard(Watcher):
         now = max(series[-1][0] for name in (LENGTH, TRUNCATED) if (series := self.series[name]))
         if now - last > max(last - before, self.options.patience - 1):
             return False
-        noise = self.options.noise_std_errors * self._standard_error(self.values(REWARD))
+        noise = NOISE_STD_ERRORS * self._standard_error(self.values(REWARD))
         return reward > first + noise and not self._is_down(REWARD, [reward])
 
 
 class Advisor(Watcher):
-    """Warnings of what wastes a run or misleads its reader. Each says what was seen and what people usually do."""
+    """Warnings about what wastes a run or misleads its reader. Each says what happened and what usually helps."""
 
     def __init__(self, config: Config) -> None:
         super().__init__(config, ADVICE_METRICS)
 
     def observe(self, grpo_step: int, metrics: Mapping[str, float]) -> list[str]:
-        """Take in what is known of a GRPO step; the warnings that are due, each once in `repeat_interval` steps."""
+        """Take in the metrics of a GRPO step; returns the warnings due, each once per REPEAT_INTERVAL steps."""
         self._add(grpo_step, metrics)
         rules = (self._no_signal, self._truncated, self._reward_hacking, self._sampler_drift)
-        found = {rule.__name__: rule() for rule in rules}
-        return [text for name, text in found.items() if text is not None and self._may_say(name, grpo_step)]
+        texts = {rule.__name__: rule() for rule in rules}
+        return [text for name, text in texts.items() if text is not None and self._may_warn(name, grpo_step)]
 
     def _no_signal(self) -> str | None:
         recent = self._recent(EQUAL_GROUPS)
@@ -201,23 +215,24 @@ class Advisor(Watcher):
             return None
         return (
             f"no group had a gradient signal for {len(recent)} steps: the rewards within each were equal. "
-            "If all are 0, read logged rollouts: prompt, stop strings or answer format are the usual cause, then too "
-            "hard problems; if all are 1, take harder problems. A larger group_size or a higher temperature varies more"
+            "If all are 0, read logged rollouts: prompt, stop strings or answer format are the usual cause, then "
+            "problems that are too hard; if all are 1, take harder problems. A larger group_size or a higher "
+            "temperature gives more variation"
         )
 
     def _truncated(self) -> str | None:
         recent = self._recent(TRUNCATED)
-        if not recent or min(recent) <= self.options.truncated_warning:
+        if not recent or min(recent) <= TRUNCATED_WARNING:
             return None
         return (
             f"{recent[-1]:.0%} of responses ran into max_tokens = {self.training.max_tokens}, and more than "
-            f"{self.options.truncated_warning:.0%} for {len(recent)} steps; their answers are lost. Raise max_tokens, "
+            f"{TRUNCATED_WARNING:.0%} for {len(recent)} steps; their answers are lost. Raise max_tokens, "
             "or check that the stop strings and the end token fit the prompt"
         )
 
     def _reward_hacking(self) -> str | None:
         formats, answers = self.values(FORMAT), self.values(ANSWER)
-        if not formats or formats[-1] < self.options.high_format_reward or not self._is_down(ANSWER, answers[-2:]):
+        if not formats or formats[-1] < HIGH_FORMAT_REWARD or not self._is_down(ANSWER, answers[-2:]):
             return None
         return (
             f"the format is kept ({FORMAT} {formats[-1]:.3f}) while answers get worse ({ANSWER} {answers[-1]:.3f}, "
@@ -231,7 +246,7 @@ class Advisor(Watcher):
         if not recent or len(series) < 2 * len(recent):
             return None
         before, after = statistics.median(first), statistics.median(recent)
-        if after < self.options.sampler_kl_floor or after < self.options.sampler_kl_growth * before:
+        if after < SAMPLER_KL_FLOOR or after < SAMPLER_KL_GROWTH * before:
             return None
         return (
             f"the engine samples further and further from the trainer's policy: {SAMPLER_KL} {after:.2g}, at first "

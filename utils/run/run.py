@@ -127,24 +127,21 @@ class Run:
         t, step = self.config.training, self.state.grpo_step + 1
         optimizer_step = self.state.optimizer_step + update.n_optimizer_steps
         metrics = {
-            **response_metrics("train", rollouts, rewards),
-            "train/reward_std": batch.rewards.std(correction=0).item(),
-            "train/frac_zero_std_groups": zero_std_groups(batch.rewards, t.group_size).float().mean().item(),
-            **{f"train/{name}": value for name, value in update.metrics.items()},
-            **self._grading_metrics("train"),
-            **{
-                f"train/{name}": value
-                for name, value in self.meter.finish(sum(len(rollout.response_ids) for rollout in rollouts)).items()
-            },
+            **response_metrics(rollouts, rewards),
+            "reward_std": batch.rewards.std(correction=0).item(),
+            "frac_zero_std_groups": zero_std_groups(batch.rewards, t.group_size).float().mean().item(),
+            **update.metrics,
+            **self._grading_metrics(),
+            **self.meter.finish(sum(len(rollout.response_ids) for rollout in rollouts)),
         }
-        self.log.train_step(step, {"optimizer_step": optimizer_step, **metrics})
+        written = self.log.train_step(step, {"optimizer_step": optimizer_step, **metrics})
         self._report_nonfinite(step, rollouts, rewards, batch, update)
         if self._is_due(t.eval_interval, step):
             self.log.rollouts("train", step, rollouts, rewards, batch.advantages.tolist(), n=t.n_rollouts_to_log)
-        self.watchers.observe(step, metrics, self.log)
-        if self.state.grpo_step == 0 and "train/train_peak_memory_gb" in metrics:
-            self._compare_with_estimate(metrics["train/train_peak_memory_gb"])
-        self.limit.record(step=metrics["train/step_dt"])
+        self.watchers.observe(step, written, self.log)
+        if self.state.grpo_step == 0 and "train_peak_memory_gb" in metrics:
+            self._compare_with_estimate(metrics["train_peak_memory_gb"])
+        self.limit.record(step=metrics["step_dt"])
         self.state = replace(
             self.state,
             grpo_step=step,
@@ -171,11 +168,11 @@ class Run:
         if not rollouts:  # asked to stop: a resumed run evaluates anew
             return
         seconds = time.perf_counter() - started
-        self.log.evaluation(step, {**metrics, **self._grading_metrics("eval"), "train/eval_dt": seconds})
+        written = self.log.evaluation(step, {**metrics, **self._grading_metrics(), "eval_dt": seconds})
         self.log.rollouts("eval", step, rollouts, rewards, n=t.n_rollouts_to_log)
-        self.watchers.observe(step, metrics, self.log)
+        self.watchers.observe(step, written, self.log)
         self.limit.record(evaluation=seconds)
-        reward = metrics["eval/reward"]
+        reward = metrics["reward"]
         is_best = self.state.best_reward is None or reward > self.state.best_reward
         self.state = replace(
             self.state,
@@ -222,10 +219,10 @@ class Run:
             self.save()
         return Status.ERROR if status is not None and self.checkpoints.failure is not None else status
 
-    def _grading_metrics(self, prefix: str) -> dict[str, float]:
+    def _grading_metrics(self) -> dict[str, float]:
         """What the grader has counted since it was last asked."""
         counts = self.learner.scorer.grader.drain_counters()
-        return {f"{prefix}/grader_{name}": float(count) for name, count in counts.items()}
+        return {f"grader_{name}": float(count) for name, count in counts.items()}
 
     def _compare_with_estimate(self, measured_gb: float) -> None:
         """Put the measured peak of the inner steps beside what --dry-run would have said, on a GPU."""
