@@ -194,8 +194,13 @@ class Training:
 
     @property
     def microbatch_size(self) -> int:
-        """Sequences per microbatch if no token budget cuts it."""
+        """Rollouts per microbatch, if no token budget cuts it."""
         return self.train_batch_size // self.gradient_accumulation_steps
+
+    @property
+    def optimizer_steps_per_rollout_batch(self) -> int:
+        """From the second one on, training is off-policy."""
+        return self.epochs_per_rollout_batch * self.rollout_batch_size // self.train_batch_size
 
 
 @dataclass

@@ -17,12 +17,12 @@ import shutil
 import sys
 from pathlib import Path
 
-from train_sft import load_demonstrations, run_command, save_checkpoint, train, with_progress
+from train_sft import run_command, save_checkpoint, with_progress
 
 from configs.defaults import Training
 from utils import tiny
 from utils.log.files import whole_folder
-from utils.problems import load_template, save_problems
+from utils.problems import load_demonstrations, load_template, save_problems
 
 OPTIONS_FILE = "options.json"
 TEMPLATE = Path(__file__).parents[1] / "data" / "tiny.prompt"
@@ -100,6 +100,8 @@ def warm_start(folder: Path, options: argparse.Namespace) -> None:
     import torch
     from transformers.utils import logging
 
+    from utils.algorithm import sft
+
     logging.disable_progress_bar()
     torch.set_num_threads(1)  # the model is too small to share, and idle threads that spin slow it down
     tokenizer, policy = tiny.build_tokenizer(), tiny.build_model(options.seed)
@@ -113,7 +115,7 @@ def warm_start(folder: Path, options: argparse.Namespace) -> None:
         gradient_accumulation_steps=1,
         use_bnb_adamw8bit=False,
     )
-    steps = train(policy.train(), demonstrations, training, options.steps, schedule="linear", warmup_steps=20)
+    steps = sft.train(policy.train(), demonstrations, training, options.steps, schedule="linear", warmup_steps=20)
     for row in with_progress(steps, options.steps, print_every=50):
         if row["step"] in options.save_at:
             save_checkpoint(folder / f"sft_step_{row['step']}", policy, tokenizer)

@@ -17,133 +17,23 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from configs.defaults import Training
-from utils.log.files import METRICS_FILE, Row, encode_row, whole_folder
+from utils.log.files import METRICS_FILE, encode_row, whole_folder
 from utils.log.output import unwritable
 from utils.log.progress import ProgressBar
 from utils.preflight.model_files import is_local
-from utils.problems import ProblemStream, read_rows
+from utils.problems import load_demonstrations
 from utils.run.ending import Status
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Loaded = TypeVar("Loaded")
-SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}  # our names: transformers'
-
-
-@dataclass(frozen=True)
-class Demonstration:
-    """One row as token ids; `response_ids` ends with the end token."""
-
-    prompt_ids: tuple[int, ...]
-    response_ids: tuple[int, ...]
-
-    def __len__(self) -> int:
-        return len(self.prompt_ids) + len(self.response_ids)
-
-
-def load_demonstrations(
-    path: str | Path, tokenizer: PreTrainedTokenizerBase, max_tokens: int
-) -> tuple[list[Demonstration], int]:
-    """Read and tokenize a JSONL file; returns the demonstrations and how many longer than max_tokens were left out.
-
-    Raises ValueError with file and line for a row without the two texts, and where no demonstration is left.
-    """
-    if tokenizer.eos_token_id is None:
-        raise ValueError("the tokenizer has no end token, so a response could not be taught to end")
-    demonstrations, n_rows = [], 0
-    for line_number, row in read_rows(path):
-        n_rows += 1
-        for key in ("prompt", "response"):
-            if key not in row:
-                raise ValueError(f"{path}:{line_number}: no `{key}` among the keys {sorted(row)}")
-            if not isinstance(row[key], str) or not row[key]:
-                raise ValueError(f"{path}:{line_number}: `{key}` should be a text, not {json.dumps(row[key])[:80]}")
-        prompt_ids = tokenizer(row["prompt"], verbose=False).input_ids
-        response_ids = tokenizer(row["response"], add_special_tokens=False, verbose=False).input_ids
-        demonstration = Demonstration(tuple(prompt_ids), (*response_ids, tokenizer.eos_token_id))
-        if len(demonstration) <= max_tokens:
-            demonstrations.append(demonstration)
-    if not demonstrations:
-        raise ValueError(f"{path}: none of its {n_rows} rows has {max_tokens} tokens or fewer")
-    return demonstrations, n_rows - len(demonstrations)
-
-
-def train_step(
-    policy: PreTrainedModel,
-    optimizer: torch.optim.Optimizer,
-    demonstrations: Sequence[Demonstration],
-    training: Training,
-) -> tuple[float, float]:
-    """One optimizer step; returns the loss (nats per response token) and the gradient norm before clipping.
-
-    The response tokens are counted once for the whole batch, so how it is cut into microbatches changes nothing.
-    """
-    import torch
-
-    from utils.algorithm.batch import pad, response_mask
-    from utils.algorithm.log_probs import response_log_probs
-    from utils.algorithm.losses import sft_microbatch_train_step
-
-    n_tokens = sum(len(demonstration.response_ids) for demonstration in demonstrations)
-    longest_first = sorted(demonstrations, key=len, reverse=True)  # neighbours in length need little padding
-    size = len(demonstrations) // training.gradient_accumulation_steps
-    total_loss = 0.0
-    for start in range(0, len(demonstrations), size):
-        microbatch = longest_first[start : start + size]
-        # any pad id will do: masks come from lengths, and no real token sees what stands to its right
-        input_ids = pad([d.prompt_ids + d.response_ids for d in microbatch], pad_id=0)
-        prompt_lengths = torch.tensor([len(d.prompt_ids) for d in microbatch])
-        response_lengths = torch.tensor([len(d.response_ids) for d in microbatch])
-        mask = response_mask(prompt_lengths, response_lengths, input_ids.shape[1]).to(policy.device)
-        log_probs, _ = response_log_probs(policy, input_ids.to(policy.device), mask)
-        loss, _ = sft_microbatch_train_step(
-            log_probs,
-            mask,
-            training.gradient_accumulation_steps,
-            normalize_constant=n_tokens / len(demonstrations),
-        )
-        total_loss += loss.item()
-    grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), training.max_grad_norm).item()
-    if not math.isfinite(total_loss + grad_norm):
-        raise ValueError(f"the loss is {total_loss}, its gradient norm {grad_norm}; lower the learning rate")
-    optimizer.step()
-    optimizer.zero_grad()
-    return total_loss, grad_norm
-
-
-def train(
-    policy: PreTrainedModel,
-    demonstrations: Sequence[Demonstration],
-    training: Training,
-    n_steps: int,
-    schedule: str = "constant",
-    warmup_steps: int = 0,
-) -> Iterator[Row]:
-    """Train the policy in place, in shuffled epochs; yields each step's metrics once it is taken.
-
-    Of `training` it reads the batch (`train_batch_size`, `gradient_accumulation_steps`), the optimizer's fields and
-    `seed`. Raises ValueError where loss or gradient is no longer finite; the weights are then those before that step.
-    """
-    from transformers import get_scheduler
-
-    from utils.algorithm.policy import build_optimizer
-
-    optimizer = build_optimizer(policy, training)
-    scheduler = get_scheduler(SCHEDULES[schedule], optimizer, warmup_steps, n_steps)
-    stream = ProblemStream(demonstrations, training.seed)
-    for step in range(1, n_steps + 1):
-        learning_rate = scheduler.get_last_lr()[0]
-        loss, grad_norm = train_step(policy, optimizer, stream.draw(training.train_batch_size), training)
-        scheduler.step()
-        yield {"step": step, "loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate}
+SCHEDULES = ("constant", "linear", "cosine")
 
 
 def with_progress(steps: Iterator[dict], n_steps: int, print_every: int) -> Iterator[dict]:
@@ -170,6 +60,7 @@ def run(options: argparse.Namespace) -> None:
     """What the command line asks for. Raises ValueError for a user's mistake."""
     output = Path(options.output)
     check_options(options, output)
+    from utils.algorithm import sft
     from utils.algorithm.policy import load_policy, load_tokenizer
 
     tokenizer = load(load_tokenizer, options.model)
@@ -192,7 +83,7 @@ def run(options: argparse.Namespace) -> None:
     policy = load(load_policy, options.model, training)
     output.mkdir(parents=True, exist_ok=True)
     (output / "options.json").write_text(json.dumps(vars(options), indent=2) + "\n")
-    steps = train(policy, demonstrations, training, options.steps, options.schedule, options.warmup_steps)
+    steps = sft.train(policy, demonstrations, training, options.steps, options.schedule, options.warmup_steps)
     with (output / METRICS_FILE).open("w") as metrics_file:
         for row in with_progress(steps, options.steps, print_every=max(1, options.steps // 20)):
             metrics_file.write(encode_row(row) + "\n")

@@ -155,8 +155,8 @@ def assert_stops_and_goes_on(engine: RolloutEngine, policy: PreTrainedModel, pro
     engine.update_weights(policy)
     whole = ids_of(engine.generate(prompts, n=3, seed=5))
     for after in (0, 1, 4):
-        assert engine.generate(prompts, n=3, seed=5, stop=asked_to_stop(after)) == []
+        assert engine.generate(prompts, n=3, seed=5, should_stop=asked_to_stop(after)) == []
         assert ids_of(engine.generate(prompts, n=3, seed=5)) == whole
-        assert engine.generate(prompts, n=3, seed=5, temperature=0.0, stop=asked_to_stop(after)) == []
+        assert engine.generate(prompts, n=3, seed=5, temperature=0.0, should_stop=asked_to_stop(after)) == []
         engine.update_weights(policy)
         assert ids_of(engine.generate(prompts, n=3, seed=5)) == whole

@@ -8,12 +8,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+
+
 def tables(*options: str) -> subprocess.CompletedProcess:
-    script = ROOT / "play-scripts" / "write_readme_tables.py"
+    script = ROOT / "play-scripts" / "write_docs_tables.py"
     return subprocess.run([sys.executable, str(script), *options], capture_output=True, text=True)
 
 
@@ -22,22 +27,33 @@ def test_config_and_metric_tables_are_those_of_the_code() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_another_option_than_check_leaves_the_readme_alone() -> None:
-    before = (ROOT / "README.md").stat().st_mtime_ns
-    assert "exit status 1 if the README is out of date" in tables("--help").stdout
+def test_another_option_than_check_writes_nothing() -> None:
+    before = [page.stat().st_mtime_ns for page in DOCS]
+    assert "exit status 1 if a page is out of date" in tables("--help").stdout
     assert tables("--chek-it").returncode == 2
-    assert (ROOT / "README.md").stat().st_mtime_ns == before
+    assert [page.stat().st_mtime_ns for page in DOCS] == before
 
 
 def test_a_changed_table_is_out_of_date() -> None:
-    script = runpy.run_path(str(ROOT / "play-scripts" / "write_readme_tables.py"))
-    changed = README.replace("| `seed` | `1337` |", "| `seed` | `1338` |")
-    assert changed != README
-    assert script["with_tables"](changed) == script["with_tables"](README)
+    script = runpy.run_path(str(ROOT / "play-scripts" / "write_docs_tables.py"))
+    page = (ROOT / "docs" / "config.md").read_text()
+    changed = page.replace("| `seed` | `1337` |", "| `seed` | `1338` |")
+    assert changed != page
+    assert script["with_tables"](changed) == script["with_tables"](page)
 
 
-def test_files_and_commands_that_the_readme_names_exist() -> None:
-    without_tables = re.sub(r"<!-- (config|metrics) -->.*?<!-- /\1 -->", "", README, flags=re.DOTALL)
+def test_the_loop_in_the_readme_is_the_one_that_runs() -> None:
+    shown = README.split("<!-- loop -->\n```python\n")[1].split("```\n<!-- /loop -->")[0]
+    assert shown in (ROOT / "train_grpo.py").read_text()
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 170
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *DOCS], ids=lambda page: page.name)
+def test_files_and_commands_that_a_page_names_exist(page: Path) -> None:
+    without_tables = re.sub(r"<!-- (config|metrics) -->.*?<!-- /\1 -->", "", page.read_text(), flags=re.DOTALL)
     for name in re.findall(r"(?:python|bash) ([\w./-]+\.(?:py|sh))", without_tables):
         assert (ROOT / name).is_file(), name
     for name in re.findall(r"--config ([\w./-]+\.yaml)", without_tables):
@@ -45,7 +61,7 @@ def test_files_and_commands_that_the_readme_names_exist() -> None:
     for target in re.findall(r"^make ([\w-]+)", without_tables, re.MULTILINE):
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), target
     for link in re.findall(r"\]\((?!http)([^)#]+)\)", without_tables):
-        assert (ROOT / link).exists(), link
+        assert (page.parent / link).exists(), link
 
 
 def test_nothing_in_the_repository_names_a_machine() -> None:

@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from utils.records import Problem, Prompt
+from utils.records import Demonstration, Problem, Prompt
 from utils.seeding import derive_seed
 
 if TYPE_CHECKING:
@@ -274,3 +274,34 @@ class ProblemStream(Generic[Item]):
         if not 0 <= state["position"] <= len(self._items) or state["epoch"] < 0:
             raise ValueError(f"state {state} does not fit a set of {len(self._items)} items; has the data changed?")
         self._start_epoch(state["epoch"], state["position"])
+
+
+def load_demonstrations(
+    path: str | Path, tokenizer: PreTrainedTokenizerBase, max_tokens: int
+) -> tuple[list[Demonstration], int]:
+    """Read and tokenize a JSONL file; returns the demonstrations and how many longer than max_tokens were left out.
+
+    Raises ValueError with file and line for a row without the two texts, and where no demonstration is left.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no end token, so a response could not be taught to end")
+    demonstrations, n_rows = [], 0
+    for line_number, row in read_rows(path):
+        n_rows += 1
+        for key in ("prompt", "response"):
+            if key not in row:
+                raise ValueError(f"{path}:{line_number}: no `{key}` among the keys {sorted(row)}")
+            try:
+                is_empty = not _text(key, row[key])
+            except ValueError as error:
+                raise ValueError(f"{path}:{line_number}: {error}") from error
+            if is_empty:
+                raise ValueError(f"{path}:{line_number}: `{key}` is empty")
+        prompt_ids = tokenizer(row["prompt"], verbose=False).input_ids
+        response_ids = tokenizer(row["response"], add_special_tokens=False, verbose=False).input_ids
+        demonstration = Demonstration(tuple(prompt_ids), (*response_ids, tokenizer.eos_token_id))
+        if len(demonstration) <= max_tokens:
+            demonstrations.append(demonstration)
+    if not demonstrations:
+        raise ValueError(f"{path}: none of its {n_rows} rows has {max_tokens} tokens or fewer")
+    return demonstrations, n_rows - len(demonstrations)

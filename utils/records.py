@@ -51,7 +51,7 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Reward:
-    """What a reward function says of one response. `total` is what the policy is trained on."""
+    """The reward of one response. `total` is what the policy is trained on."""
 
     format: float
     answer: float
@@ -71,20 +71,14 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class TrainBatch:
-    """B rollouts as tensors, padded on the right to T tokens (prompt and response together).
+class Demonstration:
+    """A prompt with the response to learn, as token ids; `response_ids` ends with the end token."""
 
-    `response_mask` is aligned with the labels, `input_ids[:, 1:]`: entry t is 1 where label t is a response token. It
-    comes from the lengths, since the pad id may be the end id.
-    """
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]
 
-    input_ids: torch.Tensor  # (B, T) int64
-    response_mask: torch.Tensor  # (B, T-1) bool
-    sequence_lengths: torch.Tensor  # (B,) int64: prompt and response
-    response_lengths: torch.Tensor  # (B,) int64
-    sampler_log_probs: torch.Tensor  # (B, T-1) float32, 0 outside the response
-    rewards: torch.Tensor  # (B,) float32, raw
-    advantages: torch.Tensor  # (B,) float32
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.response_ids)
 
 
 class RolloutEngine(Protocol):
@@ -100,14 +94,14 @@ class RolloutEngine(Protocol):
         seed: int,
         temperature: float | None = None,
         label: str = "rollouts",
-        stop: Callable[[], bool] = lambda: False,
+        should_stop: Callable[[], bool] = lambda: False,
     ) -> list[Rollout]:
-        """Sample n responses a prompt: len(prompts) * n rollouts, those of one prompt side by side.
+        """Sample n responses per prompt: len(prompts) * n rollouts, those of one prompt side by side.
 
         Response j of prompt i is sampled with the seed `seed + i * n + j`, so equal arguments and weights give equal
         rollouts. `temperature` stands in for `sampling.temperature` (0: greedy); `label` names the progress bar.
 
-        `stop` is asked at every token; if it says yes, the result is an empty list, and never a part of the rollouts.
+        `should_stop` is asked at every token; if it says yes, the result is an empty list.
         """
 
     def update_weights(self, policy: torch.nn.Module) -> dict[str, float]:

@@ -1,8 +1,7 @@
-"""What the benchmarks share: shapes of models, what they ran on, clocks, and functions put in others' places."""
+"""What the benchmarks share: shapes of models, what they ran on, and clocks."""
 
 from __future__ import annotations
 
-import functools
 import itertools
 import os
 import platform
@@ -10,7 +9,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -22,7 +20,6 @@ SHAPES = {
 }
 
 
-OLD_LOG_PROBS = "old log-probs"
 TRL, TRL_OUR_KERNELS = "TRL GRPOTrainer", "TRL with our kernels"
 
 
@@ -45,17 +42,6 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-@contextmanager
-def replaced(module: Any, name: str, replacement: Any) -> Iterator[None]:
-    """Put something in the place of a module's function, for a while."""
-    original = getattr(module, name)
-    setattr(module, name, replacement)
-    try:
-        yield
-    finally:
-        setattr(module, name, original)
-
-
 class Phases:
     """Seconds by phase; a phase inside another one stops the outer one's clock."""
 
@@ -71,19 +57,6 @@ class Phases:
         finally:
             self._tick()
             self.running.pop()
-
-    def watch(self, module: Any, function: str, name: str) -> Any:
-        """Count every call of a module's function as a phase, except within the pass for old log-probs."""
-        original = getattr(module, function)
-
-        @functools.wraps(original)
-        def watched(*args: Any, **options: Any) -> Any:
-            if OLD_LOG_PROBS in self.running:
-                return original(*args, **options)
-            with self(name):
-                return original(*args, **options)
-
-        return replaced(module, function, watched)
 
     def _tick(self) -> None:
         wait_for(self.device)

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import groupby, pairwise
-from pathlib import Path
 from random import Random
 
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
 
-from utils.algorithm.batch import (
-    make_train_batch,
-    response_mask,
-    split_rows,
-    take_microbatch,
-    tokenize_prompt_and_output,
-)
+from utils import tiny
+from utils.algorithm.batch import make_train_batch, response_mask, split_rows, take_microbatch
 from utils.records import Problem, Prompt, Rollout
 
 PAD = 0
+POLICY = tiny.build_model(seed=0)
 
 
 def make_rollout(prompt_ids: list[int], response_ids: list[int]) -> Rollout:
@@ -62,13 +57,14 @@ def test_microbatches_hold_every_row_once_and_nothing_else(
 ) -> None:
     values = torch.arange(len(rollouts)).float()
     batch = make_train_batch(rollouts, values, -values, PAD)
+    batch = replace(batch, denominators=values, old_log_probs=batch.sampler_log_probs)
     rows = torch.arange(len(rollouts))
     pieces = split_rows(rows, batch.sequence_lengths, size, max_tokens)
     assert sorted(torch.cat(pieces).tolist()) == rows.tolist()
     longest_of_each = [batch.sequence_lengths[piece].max() for piece in pieces]
     assert longest_of_each == sorted(longest_of_each, reverse=True)
     for piece in pieces:
-        microbatch = take_microbatch(batch, piece, values, batch.sampler_log_probs, torch.device("cpu"))
+        microbatch = take_microbatch(POLICY, batch, piece)
         n_rows, width = microbatch.input_ids.shape
         assert width == batch.sequence_lengths[piece].max()
         assert n_rows == 1 or (n_rows <= size if max_tokens is None else n_rows * width <= max_tokens)
@@ -77,7 +73,8 @@ def test_microbatches_hold_every_row_once_and_nothing_else(
             mask = microbatch.response_mask[k]
             assert tuple(microbatch.input_ids[k, 1:][mask].tolist()) == rollout.response_ids
             assert torch.equal(microbatch.old_log_probs[k][mask], torch.tensor(rollout.sampler_log_probs))
-            assert microbatch.advantages[k, 0] == -row
+            assert microbatch.advantages[k] == -row
+            assert microbatch.denominators[k] == row
         assert torch.equal(microbatch.response_index, microbatch.response_mask.flatten().nonzero().flatten())
 
 
@@ -105,18 +102,3 @@ def test_no_rows_make_no_microbatch() -> None:
 def test_response_mask_by_hand() -> None:
     mask = response_mask(torch.tensor([2, 1]), torch.tensor([1, 3]), 5)
     assert mask.tolist() == [[False, True, False, False], [True, True, True, False]]
-
-
-def test_tokenize_prompt_and_output(tiny_model_dir: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
-    prompts, outputs = ["User: 1+1=?", "hi"], [" 2", " hello"]
-    result = tokenize_prompt_and_output(prompts, outputs, tokenizer)
-    longest = max(len(tokenizer(p).input_ids + tokenizer(o).input_ids) for p, o in zip(prompts, outputs, strict=True))
-    for i, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
-        assert result["input_ids"].shape == (2, longest - 1)
-        labels, mask = result["labels"][i], result["response_mask"][i]
-        assert tokenizer.decode(labels[mask]) == output
-        whole = tokenizer(prompt).input_ids + tokenizer(output).input_ids
-        row = torch.tensor(whole + [tokenizer.pad_token_id] * (longest - len(whole)))
-        assert torch.equal(result["input_ids"][i], row[:-1])
-        assert torch.equal(labels, row[1:])

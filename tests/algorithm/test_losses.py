@@ -2,53 +2,39 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from configs.defaults import Training
+from utils.algorithm.log_probs import compute_entropy
 from utils.algorithm.losses import (
-    compute_entropy,
-    compute_group_normalized_rewards,
-    compute_grpo_clip_loss,
-    compute_naive_policy_gradient_loss,
-    compute_policy_gradient_loss,
-    group_advantages,
-    grpo_microbatch_train_step,
+    DENOMINATORS,
+    LOSSES,
+    LossInputs,
+    aggregate_loss,
+    compute_advantages,
     length_denominators,
-    masked_mean,
-    masked_normalize,
-    sft_microbatch_train_step,
+    objective,
     zero_std_groups,
 )
 
-LOSS_TYPES = ["no_baseline", "reinforce_with_baseline", "grpo_clip", "grpo_no_clip"]
+SETTINGS = Training(group_size=3, train_batch_size=6, gradient_accumulation_steps=3, normalize_constant=7.0)
 
 
 def tensor(*values: object) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-def test_masked_mean_by_hand() -> None:
-    values, mask = tensor([1, 2, 3], [4, 5, 6]), torch.tensor([[1, 1, 0], [0, 0, 1]])
-    assert masked_mean(values, mask) == 3.0  # (1 + 2 + 6) / 3
-    assert masked_mean(values, mask, dim=1).tolist() == [1.5, 6.0]
-    assert masked_mean(values, mask, dim=0).tolist() == [1.0, 2.0, 6.0]
-
-
-def test_masked_mean_of_nothing_is_nan_and_ignores_what_is_masked() -> None:
-    values = tensor([1.0, math.nan], [math.inf, 2.0])
-    result = masked_mean(values, torch.tensor([[1, 0], [0, 0]]), dim=1)
-    assert result[0] == 1.0
-    assert math.isnan(result[1])
-
-
-def test_masked_normalize_by_hand() -> None:
-    values, mask = tensor([1, 2, 3], [4, 5, 6]), torch.tensor([[1, 1, 0], [0, 1, 1]])
-    assert masked_normalize(values, mask, normalize_constant=2.0) == 7.0  # (1 + 2 + 5 + 6) / 2
-    assert masked_normalize(values, mask, dim=1, normalize_constant=10.0).tolist() == [0.3, 1.1]
+def test_the_config_names_every_entry_and_nothing_else() -> None:
+    choices = {field.name: field.metadata.get("choices") for field in dataclasses.fields(Training)}
+    assert choices["loss_type"] == list(LOSSES)
+    assert choices["normalize_mode"] == list(DENOMINATORS)
 
 
 def test_entropy_by_hand_and_of_large_logits() -> None:
@@ -67,165 +53,137 @@ def test_entropy_agrees_with_torch_distributions(logits: list[float]) -> None:
 
 def test_group_advantages_by_hand() -> None:
     rewards = tensor(1, 0, 0, 1, 1, 1)
-    centred = group_advantages(rewards, 3, normalize_by_std=False, advantage_eps=1e-6)
+    centred = compute_advantages(rewards, replace(SETTINGS, use_std_normalization=False))
     assert centred.tolist() == pytest.approx([2 / 3, -1 / 3, -1 / 3, 0, 0, 0])
     # the unbiased standard deviation of 1, 0, 0 is sqrt((4/9 + 1/9 + 1/9) / 2) = sqrt(1/3)
-    scaled = group_advantages(rewards, 3, normalize_by_std=True, advantage_eps=0.5)
+    scaled = compute_advantages(rewards, replace(SETTINGS, advantage_eps=0.5))
     assert scaled[0] == pytest.approx((2 / 3) / (math.sqrt(1 / 3) + 0.5))
 
 
 @given(st.floats(-1e3, 1e3, width=32), st.integers(2, 16))
 def test_a_group_of_equal_rewards_gets_exactly_zero(reward: float, group_size: int) -> None:
     rewards = torch.full((group_size,), reward)
-    assert torch.equal(group_advantages(rewards, group_size, True, 1e-6), torch.zeros(group_size))
+    assert torch.equal(compute_advantages(rewards, replace(SETTINGS, group_size=group_size)), torch.zeros(group_size))
     assert zero_std_groups(rewards, group_size).tolist() == [True]
 
 
 @given(st.permutations(range(4)), st.booleans())
 def test_advantages_do_not_depend_on_the_order_of_groups(order: list[int], by_std: bool) -> None:
+    settings = replace(SETTINGS, group_size=8, use_std_normalization=by_std)
     groups = torch.rand(4, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    whole = group_advantages(groups.flatten(), 8, by_std, 1e-6).view(4, 8)
-    assert torch.equal(group_advantages(groups[order].flatten(), 8, by_std, 1e-6).view(4, 8), whole[order])
+    whole = compute_advantages(groups.flatten(), settings).view(4, 8)
+    assert torch.equal(compute_advantages(groups[order].flatten(), settings).view(4, 8), whole[order])
 
 
-def test_group_advantages_complain() -> None:
-    with pytest.raises(ValueError, match="do not divide into groups of 3"):
-        group_advantages(torch.zeros(8), 3, True, 1e-6)
-    with pytest.raises(ValueError, match="group of 1 has no standard deviation"):
-        group_advantages(torch.zeros(8), 1, True, 1e-6)
-
-
-def test_compute_group_normalized_rewards() -> None:
-    def reward_fn(response: str, truth: str) -> dict[str, float]:
-        right = float(response == truth)
-        return {"format_reward": 1.0, "answer_reward": right, "reward": right}
-
-    advantages, raw, metadata = compute_group_normalized_rewards(
-        reward_fn, ["a", "b", "c", "c"], ["a", "a", "c", "c"], 2, 1e-6, normalize_by_std=False
-    )
-    assert raw.tolist() == [1.0, 0.0, 1.0, 1.0]
-    assert advantages.tolist() == [0.5, -0.5, 0.0, 0.0]
-    assert metadata["reward_mean"] == 0.75
-    assert metadata["frac_zero_std_groups"] == 0.5
-
-
-def test_clip_loss_by_hand() -> None:
-    # ratios 1.5 and 0.5 with cliprange 0.2, for a good and for a bad response
-    log_probs = torch.log(tensor([1.5, 0.5], [1.5, 0.5]))
-    loss, metadata = compute_grpo_clip_loss(tensor([2.0], [-2.0]), log_probs, torch.zeros_like(log_probs), 0.2)
-    assert loss.flatten().tolist() == pytest.approx([-2.4, -1.0, 3.0, 1.6])
-    # good and likelier, bad and unlikelier: clipped; the other two left the interval as well, and are not
-    assert metadata["clipped"].tolist() == [[True, False], [False, True]]
-    assert metadata["ratio"].flatten().tolist() == pytest.approx([1.5, 0.5, 1.5, 0.5])
-
-
-def test_clipped_tokens_have_no_gradient() -> None:
-    log_probs = torch.log(tensor([1.5, 0.5], [1.5, 0.5])).requires_grad_()
-    loss, metadata = compute_grpo_clip_loss(tensor([2.0], [-2.0]), log_probs, torch.zeros(2, 2), 0.2)
-    loss.sum().backward()
-    assert torch.equal(log_probs.grad == 0, metadata["clipped"])
-
-
-def test_naive_loss_by_hand() -> None:
-    loss = compute_naive_policy_gradient_loss(tensor([2.0], [-1.0]), tensor([-1.0, -3.0], [-2.0, 0.0]))
-    assert loss.tolist() == [[2.0, 6.0], [-2.0, 0.0]]
-
-
-def test_losses_need_what_they_need() -> None:
-    log_probs = torch.zeros(1, 1)
-    for loss_type, missing in [("no_baseline", "raw_rewards"), ("reinforce_with_baseline", "advantages")]:
-        with pytest.raises(ValueError, match=f"{loss_type}.*needs {missing}"):
-            compute_policy_gradient_loss(log_probs, loss_type)
-    for loss_type in ("grpo_clip", "grpo_no_clip"):
-        with pytest.raises(ValueError, match=f"{loss_type}.*needs old_log_probs"):
-            compute_policy_gradient_loss(log_probs, loss_type, advantages=torch.ones(1, 1), cliprange=0.2)
-    with pytest.raises(ValueError, match=r"unknown loss_type .ppo.*grpo_clip"):
-        compute_policy_gradient_loss(log_probs, "ppo")
+def test_advantages_complain() -> None:
+    with pytest.raises(ValueError, match="groups of 3"):
+        compute_advantages(torch.zeros(8), SETTINGS)
+    with pytest.raises(ValueError, match=r"group of 1.*raise group_size"):
+        compute_advantages(torch.zeros(8), replace(SETTINGS, group_size=1))
 
 
 def test_length_denominators_by_hand() -> None:
-    lengths = torch.tensor([3, 0, 5, 2])
-    assert length_denominators(lengths, "mean", 9.0, 2).tolist() == [3, 1, 5, 2]
-    assert length_denominators(lengths, "constant", 9.0, 2).tolist() == [9, 9, 9, 9]
-    assert length_denominators(lengths, "microbatch", 9.0, 2).tolist() == [3, 3, 5, 5]
-    with pytest.raises(ValueError, match="unknown normalize_mode 'sum'"):
-        length_denominators(lengths, "sum", 9.0, 2)
+    mask = torch.arange(5) < torch.tensor([3, 0, 5, 2])[:, None]
+    settings = Training(train_batch_size=4, gradient_accumulation_steps=2, normalize_constant=9.0)
+    expected = {"mean": [3, 1, 5, 2], "constant": [9, 9, 9, 9], "microbatch": [3, 3, 5, 5]}
+    assert expected.keys() == DENOMINATORS.keys()
+    for mode, values in expected.items():
+        assert length_denominators(mask, replace(settings, normalize_mode=mode)).tolist() == values
+    with pytest.raises(ValueError, match="'sum'; choose one of: mean"):
+        length_denominators(mask, replace(settings, normalize_mode="sum"))
 
 
-def example_microbatch(seed: int = 0) -> dict[str, torch.Tensor]:
+def example(seed: int = 0) -> LossInputs:
     generator = torch.Generator().manual_seed(seed)
-    batch, width = 6, 5
     rand = lambda *shape: torch.rand(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
-    lengths = torch.tensor([5, 3, 0, 1, 4, 2])
-    return {
-        "policy_log_probs": -2 * rand(batch, width),
-        "old_log_probs": -2 * rand(batch, width),
-        "response_mask": torch.arange(width) < lengths[:, None],
-        "advantages": 2 * rand(batch, 1) - 1,
-        "raw_rewards": rand(batch, 1).round(),
-    }
+    return LossInputs(
+        policy_log_probs=(-2 * rand(6, 5)).requires_grad_(),
+        old_log_probs=-2 * rand(6, 5),
+        response_mask=torch.arange(5) < torch.tensor([5, 3, 0, 1, 4, 2])[:, None],
+        advantages=2 * rand(6) - 1,
+        rewards=rand(6).round(),
+    )
 
 
-def slow_loss(example: dict, loss_type: str, mode: str, constant: float, cliprange: float) -> torch.Tensor:
+def slow_objective(inputs: LossInputs, training: Training) -> torch.Tensor:
     """The loss as the papers write it, one token at a time."""
-    log_probs, old, mask = example["policy_log_probs"], example["old_log_probs"], example["response_mask"]
-    longest = int(mask.sum(dim=1).max())
+    log_probs, old, mask = inputs.policy_log_probs, inputs.old_log_probs, inputs.response_mask
+    lengths = mask.sum(dim=1).tolist()
     total = torch.zeros((), dtype=torch.float64)
-    for i in range(len(log_probs)):
-        advantage, reward = example["advantages"][i, 0], example["raw_rewards"][i, 0]
-        length = int(mask[i].sum())
+    for i, length in enumerate(lengths):
+        neighbour = i + 1 if i % 2 == 0 else i - 1  # microbatches of two
         for t in range(length):
             ratio = (log_probs[i, t] - old[i, t]).exp()
-            clipped = min(max(ratio, 1 - cliprange), 1 + cliprange)
+            clipped = min(max(ratio, 1 - training.cliprange), 1 + training.cliprange)
+            advantage = inputs.advantages[i]
             token_loss = {
-                "no_baseline": -reward * log_probs[i, t],
+                "no_baseline": -inputs.rewards[i] * log_probs[i, t],
                 "reinforce_with_baseline": -advantage * log_probs[i, t],
                 "grpo_clip": -min(ratio * advantage, clipped * advantage),
                 "grpo_no_clip": -ratio * advantage,
-            }[loss_type]
-            total = total + token_loss / {"mean": length, "constant": constant, "microbatch": longest}[mode]
-    return total / len(log_probs)
+            }[training.loss_type]
+            longest = max(length, lengths[neighbour])
+            divisor = {"mean": length, "constant": training.normalize_constant, "microbatch": longest}
+            total = total + token_loss / divisor[training.normalize_mode]
+    return total / len(lengths)
 
 
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
-@pytest.mark.parametrize("mode", ["mean", "constant", "microbatch"])
-def test_microbatch_step_equals_the_slow_formula(loss_type: str, mode: str) -> None:
-    ours, slow = example_microbatch(), example_microbatch()
-    ours["policy_log_probs"].requires_grad_()
-    slow["policy_log_probs"].requires_grad_()
-    loss, _ = grpo_microbatch_train_step(
-        gradient_accumulation_steps=4, loss_type=loss_type, cliprange=0.2, normalize_mode=mode,
-        normalize_constant=7.0, **ours,
-    )  # fmt: skip
-    expected = slow_loss(slow, loss_type, mode, 7.0, 0.2) / 4
+@pytest.mark.parametrize("loss_type", LOSSES)
+@pytest.mark.parametrize("mode", DENOMINATORS)
+def test_objective_equals_the_slow_formula(loss_type: str, mode: str) -> None:
+    training = replace(SETTINGS, loss_type=loss_type, normalize_mode=mode)
+    ours, slow = example(), example()
+    value, expected = objective(ours, training), slow_objective(slow, training)
+    value.backward()
     expected.backward()
-    assert loss == pytest.approx(expected.item(), abs=1e-12)
-    assert not loss.requires_grad
-    torch.testing.assert_close(ours["policy_log_probs"].grad, slow["policy_log_probs"].grad, atol=1e-12, rtol=0)
+    assert value.item() == pytest.approx(expected.item(), abs=1e-12)
+    torch.testing.assert_close(ours.policy_log_probs.grad, slow.policy_log_probs.grad, atol=1e-12, rtol=0)
 
 
-def test_an_empty_or_masked_nan_response_does_no_harm() -> None:
-    example = example_microbatch()
-    example["policy_log_probs"][2] = math.nan  # the response of length 0: padding may hold anything
-    example["policy_log_probs"].requires_grad_()
-    loss, _ = grpo_microbatch_train_step(gradient_accumulation_steps=1, loss_type="reinforce_with_baseline", **example)
-    assert loss.isfinite()
-    gradient = example["policy_log_probs"].grad
-    assert torch.equal(gradient[2], torch.zeros(5, dtype=torch.float64))
-    assert gradient.isfinite().all()
+def test_objective_makes_the_advantages_itself() -> None:
+    training = replace(SETTINGS, loss_type="grpo_clip")
+    without = replace(example(), advantages=None, rewards=tensor(1, 0, 0, 1, 1, 0))
+    given_them = replace(without, advantages=compute_advantages(without.rewards, training))
+    assert torch.equal(objective(without, training), objective(given_them, training))
 
 
-def test_nothing_passed_in_is_changed() -> None:
-    example, kept = example_microbatch(), example_microbatch()
-    example["policy_log_probs"].requires_grad_()
-    grpo_microbatch_train_step(gradient_accumulation_steps=1, loss_type="grpo_clip", cliprange=0.2, **example)
-    for name, value in kept.items():
-        assert torch.equal(example[name].detach(), value), name
+def test_without_old_log_probs_the_ratio_is_one_and_has_a_gradient() -> None:
+    """On-policy the clipped loss, the unclipped one and REINFORCE have the same gradient."""
+    gradients = []
+    for loss_type in ("grpo_clip", "grpo_no_clip", "reinforce_with_baseline"):
+        inputs = replace(example(), old_log_probs=None)
+        assert torch.equal(inputs.ratio, torch.ones(6, 5, dtype=torch.float64))
+        objective(inputs, replace(SETTINGS, loss_type=loss_type)).backward()
+        gradients.append(inputs.policy_log_probs.grad)
+    assert gradients[0].abs().max() > 0.01
+    for other in gradients[1:]:
+        torch.testing.assert_close(other, gradients[0], atol=1e-15, rtol=0)
 
 
-def test_sft_step_by_hand() -> None:
-    log_probs = tensor([-1.0, -2.0, -3.0], [-4.0, -5.0, -6.0]).requires_grad_()
-    mask = torch.tensor([[1, 1, 0], [0, 1, 1]])
-    loss, _ = sft_microbatch_train_step(log_probs, mask, gradient_accumulation_steps=2, normalize_constant=7.0)
-    assert loss == pytest.approx((1 + 2 + 5 + 6) / 7 / 2 / 2)
-    assert torch.allclose(log_probs.grad, -mask.double() / 28)
+def test_microbatches_add_up_to_the_whole() -> None:
+    training, inputs = replace(SETTINGS, loss_type="grpo_clip"), example()
+    per_token, _ = LOSSES["grpo_clip"].per_token(inputs, training)
+    denominators = length_denominators(inputs.response_mask, training)
+    parts = [
+        aggregate_loss(per_token[rows], inputs.response_mask[rows], denominators[rows], n_sequences=6)
+        for rows in torch.tensor([4, 0, 5, 2, 1, 3]).split([1, 3, 2])
+    ]
+    torch.testing.assert_close(sum(parts), objective(inputs, training))
+
+
+def test_masked_nan_does_no_harm() -> None:
+    inputs = example()
+    with torch.no_grad():
+        inputs.policy_log_probs[2] = math.nan  # the response of length 0: padding may hold anything
+    value = objective(inputs, replace(SETTINGS, loss_type="reinforce_with_baseline"))
+    value.backward()
+    assert value.isfinite()
+    assert inputs.policy_log_probs.grad.isfinite().all()
+    assert torch.equal(inputs.policy_log_probs.grad[2], torch.zeros(5, dtype=torch.float64))
+
+
+def test_has_gradient_asks_rewards_or_advantages() -> None:
+    rewards, advantages = torch.tensor([1.0, 0.0, 1.0]), torch.tensor([0.0, 0.5, -0.5])
+    for name, loss in LOSSES.items():
+        expected = [True, False, True] if name == "no_baseline" else [False, True, True]
+        assert loss.has_gradient(rewards, advantages).tolist() == expected

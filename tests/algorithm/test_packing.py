@@ -13,12 +13,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 from update_cases import ON_POLICY, make_batch
 
+from train_grpo import update_policy
 from utils.algorithm import log_probs as log_probs_module
 from utils.algorithm.batch import response_mask
 from utils.algorithm.log_probs import has_plain_head, response_log_probs
 from utils.algorithm.packing import enable_packing, is_packable, pack
 from utils.algorithm.policy import load_policy, load_tokenizer
-from utils.algorithm.update import update_policy
 from utils.engines.transformers_engine import TransformersEngine
 from utils.records import Problem, Prompt, Sampling
 
@@ -205,3 +205,11 @@ def test_sampling_is_that_of_the_plain_model(tiny_model_dir: Path, attention_typ
     for ours, plain in zip(*sampled, strict=True):
         assert ours.response_ids == plain.response_ids
         assert ours.sampler_log_probs == pytest.approx(plain.sampler_log_probs, abs=1e-5)
+
+
+def test_the_example_in_the_docstring() -> None:
+    packing = pack(torch.tensor([[5, 6, 7, 8], [5, 6, 9, 0]]), torch.tensor([[0, 1, 1], [0, 1, 0]]).bool())
+    assert packing.token_ids.tolist() == [5, 6, 7]
+    assert packing.positions.tolist() == packing.place_of.tolist() == [0, 1, 2]
+    assert packing.tokens_of.tolist() == [[0, 1, 2], [0, 1, 0]]
+    assert packing.predicts.tolist() == [1, 2, 1]

@@ -12,6 +12,7 @@ import torch
 from update_cases import ON_POLICY, make_batch
 
 from configs.defaults import Training
+from train_grpo import update_policy
 from utils.algorithm import policy as policy_module
 from utils.algorithm.log_probs import has_plain_head
 from utils.algorithm.policy import (
@@ -22,7 +23,6 @@ from utils.algorithm.policy import (
     load_tokenizer,
     product_error,
 )
-from utils.algorithm.update import update_policy
 
 
 def weights_after_updates(model_dir: Path, training: Training, n_steps: int = 2) -> torch.Tensor:

@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from configs.defaults import Training
 from utils import tiny
+from utils.algorithm import sft as sft_steps
+from utils.problems import load_demonstrations
 from utils.run.ending import Status
 
 SCRIPT = Path(__file__).parents[2] / "play-scripts" / "train_sft.py"
@@ -54,7 +56,7 @@ def slow_loss(policy: torch.nn.Module) -> torch.Tensor:
 
 @pytest.mark.parametrize("accumulation", [1, 2, 4])
 def test_a_step_is_the_mean_over_response_tokens_however_it_is_cut(data: Path, accumulation: int) -> None:
-    demonstrations, _ = train_sft.load_demonstrations(data, TOKENIZER, max_tokens=100)
+    demonstrations, _ = load_demonstrations(data, TOKENIZER, max_tokens=100)
     policy, reference = tiny.build_model(seed=3), tiny.build_model(seed=3)
     expected = slow_loss(reference)
     expected.backward()
@@ -67,7 +69,7 @@ def test_a_step_is_the_mean_over_response_tokens_however_it_is_cut(data: Path, a
             kept.update({name: p.grad.clone() for name, p in policy.named_parameters()})
 
     training = options(gradient_accumulation_steps=accumulation)
-    loss, grad_norm = train_sft.train_step(policy, Keeper(policy.parameters()), demonstrations, training)
+    loss, grad_norm = sft_steps.train_step(policy, Keeper(policy.parameters()), demonstrations, training)
     assert loss == pytest.approx(expected.item(), rel=1e-5)
     assert grad_norm == pytest.approx(expected_norm.item(), rel=1e-4)
     for name, parameter in reference.named_parameters():
@@ -75,9 +77,9 @@ def test_a_step_is_the_mean_over_response_tokens_however_it_is_cut(data: Path, a
 
 
 def test_training_learns_the_responses_and_their_end(data: Path) -> None:
-    demonstrations, _ = train_sft.load_demonstrations(data, TOKENIZER, max_tokens=100)
+    demonstrations, _ = load_demonstrations(data, TOKENIZER, max_tokens=100)
     policy = tiny.build_model(seed=3)
-    rows = list(train_sft.train(policy, demonstrations, options(learning_rate=3e-3, max_grad_norm=1.0), 60))
+    rows = list(sft_steps.train(policy, demonstrations, options(learning_rate=3e-3, max_grad_norm=1.0), 60))
     assert rows[0]["loss"] == pytest.approx(torch.log(torch.tensor(len(TOKENIZER))).item(), abs=0.2)  # knows nothing
     assert rows[-1]["loss"] < 0.1
     for row in ROWS:
@@ -87,11 +89,11 @@ def test_training_learns_the_responses_and_their_end(data: Path) -> None:
 
 
 def test_schedules(data: Path) -> None:
-    demonstrations, _ = train_sft.load_demonstrations(data, TOKENIZER, max_tokens=100)
+    demonstrations, _ = load_demonstrations(data, TOKENIZER, max_tokens=100)
 
     def rates(schedule: str) -> list[float]:
         policy = tiny.build_model(seed=3, hidden_size=16, n_layers=1)
-        steps = train_sft.train(policy, demonstrations, options(learning_rate=1.0), 6, schedule, warmup_steps=2)
+        steps = sft_steps.train(policy, demonstrations, options(learning_rate=1.0), 6, schedule, warmup_steps=2)
         return [row["learning_rate"] for row in steps]
 
     assert rates("constant") == pytest.approx([0, 0.5, 1, 1, 1, 1])
@@ -101,39 +103,39 @@ def test_schedules(data: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:Qwen2ForCausalLM does more")  # what a head of NaN looks like
 def test_nonfinite_stops_and_leaves_the_weights(data: Path) -> None:
-    demonstrations, _ = train_sft.load_demonstrations(data, TOKENIZER, max_tokens=100)
+    demonstrations, _ = load_demonstrations(data, TOKENIZER, max_tokens=100)
     policy = tiny.build_model(seed=3)
     with torch.no_grad():
         policy.model.norm.weight[0] = torch.nan
     before = {name: p.clone() for name, p in policy.named_parameters()}
     with pytest.raises(ValueError, match=r"the loss is nan, .* lower the learning rate"):
-        list(train_sft.train(policy, demonstrations, options(), 1))
+        list(sft_steps.train(policy, demonstrations, options(), 1))
     torch.testing.assert_close(dict(policy.named_parameters()), before, rtol=0, atol=0, equal_nan=True)
 
 
 def test_long_demonstrations_are_counted_and_left_out(data: Path) -> None:
     # tokens, prompt + response + end: 1 + 7 + 1, 8 + 2 + 1, 10 + 1 + 1, 3 + 3 + 1
-    demonstrations, n_left_out = train_sft.load_demonstrations(data, TOKENIZER, max_tokens=11)
+    demonstrations, n_left_out = load_demonstrations(data, TOKENIZER, max_tokens=11)
     assert (len(demonstrations), n_left_out) == (3, 1)
     assert max(map(len, demonstrations)) == 11
     with pytest.raises(ValueError, match="none of its 4 rows has 6 tokens or fewer"):
-        train_sft.load_demonstrations(data, TOKENIZER, max_tokens=6)
+        load_demonstrations(data, TOKENIZER, max_tokens=6)
 
 
 @pytest.mark.parametrize(
     ("line", "complaint"),
     [
         ('{"prompt": "a"}', "d.jsonl:2: no `response` among the keys \\['prompt'\\]"),
-        ('{"prompt": "a", "response": null}', "d.jsonl:2: `response` should be a text, not null"),
-        ('{"prompt": ["a"], "response": "b"}', 'd.jsonl:2: `prompt` should be a text, not \\["a"\\]'),
-        ('{"prompt": "a", "response": ""}', 'd.jsonl:2: `response` should be a text, not ""'),
+        ('{"prompt": "a", "response": null}', "d.jsonl:2: `response` should be text, not null"),
+        ('{"prompt": ["a"], "response": "b"}', "d.jsonl:2: `prompt` should be text, not list"),
+        ('{"prompt": "a", "response": ""}', "d.jsonl:2: `response` is empty"),
         ("{", "d.jsonl:2: not JSON"),
     ],
 )
 def test_bad_rows(tmp_path: Path, line: str, complaint: str) -> None:
     (tmp_path / "d.jsonl").write_text(json.dumps(ROWS[0]) + "\n" + line + "\n")
     with pytest.raises(ValueError, match=complaint):
-        train_sft.load_demonstrations(tmp_path / "d.jsonl", TOKENIZER, max_tokens=100)
+        load_demonstrations(tmp_path / "d.jsonl", TOKENIZER, max_tokens=100)
 
 
 def sft(*arguments: str | Path | int) -> subprocess.CompletedProcess:

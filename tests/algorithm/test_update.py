@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM
 from update_cases import ON_POLICY, N, make_batch
 
 from configs.defaults import Training
-from utils.algorithm.statistics import StepSums
-from utils.algorithm.update import UpdateResult, minibatches, take_optimizer_step, update_policy
-from utils.records import TrainBatch
+from train_grpo import update_policy
+from utils.algorithm.batch import TrainBatch, minibatches
+from utils.algorithm.statistics import UpdateResult, UpdateStatistics
+from utils.algorithm.update import take_optimizer_step
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def policy(policy_float64: torch.nn.Module) -> torch.nn.Module:
 
 def update(policy: torch.nn.Module, batch: TrainBatch, training: Training) -> UpdateResult:
     optimizer = torch.optim.SGD(policy.parameters(), lr=training.learning_rate)
-    return update_policy(policy, optimizer, batch, training, grpo_step=0)
+    return update_policy(policy, optimizer, batch, training, steps_done=0)
 
 
 def gradients(policy: torch.nn.Module, before: torch.nn.Module, rate: float) -> dict[str, torch.Tensor]:
@@ -42,7 +43,7 @@ def paper_gradients(policy: torch.nn.Module, batch: TrainBatch, cliprange: float
     """The clipped objective (DeepSeekMath, equation 3, without KL), sequence by sequence from full logits."""
     objective = torch.zeros((), dtype=torch.float64)
     for i in range(len(batch.rewards)):
-        length, n_response = int(batch.sequence_lengths[i]), int(batch.response_lengths[i])
+        length, n_response = int(batch.sequence_lengths[i]), int(batch.response_mask[i].sum())
         if n_response == 0:
             continue
         ids = batch.input_ids[i, :length]
@@ -167,7 +168,7 @@ def test_sampler_statistics_without_old_log_probs_are_the_first_optimizer_steps(
     """Later ones train on the same tokens with weights that the sampler never had."""
     batch, training = make_batch(rewards=(1, 0, 0, 1, 1, 0, 1, 1)), replace(SEVERAL_STEPS, loss_type=loss_type)
     signal = batch.rewards if loss_type == "no_baseline" else batch.advantages
-    first = [row for row in next(minibatches(N, training, grpo_step=0)).tolist() if signal[row] != 0]
+    first = [row for row in next(minibatches(N, training, steps_done=0)).tolist() if signal[row] != 0]
     expected = sampler_gap(policy, batch, first)
     metrics = update(policy, batch, training).metrics
     assert metrics["trained_tokens"] > batch.response_mask[first].sum()
@@ -192,7 +193,7 @@ def test_sampler_statistics_where_only_later_optimizer_steps_train(policy: torch
     """The first minibatch has no signal and is compared all the same; the second meets other weights."""
     training = replace(SEVERAL_STEPS, loss_type="reinforce_with_baseline", epochs_per_rollout_batch=1)
     training.gradient_accumulation_steps = 1
-    first = next(minibatches(N, training, grpo_step=0)).tolist()
+    first = next(minibatches(N, training, steps_done=0)).tolist()
     batch = make_batch()
     batch.advantages[:] = 1.0
     batch.advantages[first] = 0.0
@@ -254,10 +255,11 @@ def test_a_non_finite_gradient_alone_skips_the_step(policy: torch.nn.Module, val
     for parameter in policy.parameters():
         parameter.grad = torch.ones_like(parameter)
     next(policy.parameters()).grad[0, 0] = value
-    result = UpdateResult(metrics={})
-    optimizer = torch.optim.AdamW(policy.parameters())
-    rows = [(torch.tensor([4, 2]), torch.tensor([False, True]))]
-    take_optimizer_step(policy, optimizer, torch.tensor(0.5), rows, 1.0, StepSums(), result)
+    watch = UpdateStatistics(policy, make_batch(), ON_POLICY)
+    watch.minibatch(torch.arange(N))
+    watch._suspects = [(torch.tensor([4, 2]), torch.tensor([False, True]))]
+    take_optimizer_step(policy, torch.optim.AdamW(policy.parameters()), ON_POLICY, watch)
+    result = watch.result()
     assert result.skipped == [True]
     assert result.nonfinite_rows == [2]
     assert all(torch.equal(b, p) for b, p in zip(before, policy.parameters(), strict=True))
@@ -267,7 +269,7 @@ def test_a_non_finite_gradient_alone_skips_the_step(policy: torch.nn.Module, val
 def test_a_stop_before_the_first_optimizer_step_leaves_the_weights_alone(policy: torch.nn.Module) -> None:
     before = [p.detach().clone() for p in policy.parameters()]
     optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
-    result = update_policy(policy, optimizer, make_batch(), ON_POLICY, 0, stop_requested=lambda: True)
+    result = update_policy(policy, optimizer, make_batch(), ON_POLICY, 0, should_stop=lambda: True)
     assert result.abandoned
     assert all(torch.equal(b, p) for b, p in zip(before, policy.parameters(), strict=True))
     assert all(p.grad is None for p in policy.parameters())
@@ -277,7 +279,7 @@ def test_a_stop_after_an_optimizer_step_finishes_the_grpo_step(policy: torch.nn.
     training = replace(ON_POLICY, train_batch_size=4, gradient_accumulation_steps=1)
     answers = iter([False, True, True, True])
     optimizer = torch.optim.SGD(policy.parameters(), lr=1e-3)
-    result = update_policy(policy, optimizer, make_batch(), training, 0, stop_requested=lambda: next(answers))
+    result = update_policy(policy, optimizer, make_batch(), training, 0, should_stop=lambda: next(answers))
     assert not result.abandoned
     assert result.n_optimizer_steps == 2
 

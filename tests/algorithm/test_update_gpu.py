@@ -9,11 +9,13 @@ import pytest
 import torch
 from update_cases import ON_POLICY, make_batch
 
-from utils.algorithm.batch import take_microbatch
+from train_grpo import update_policy
+from utils.algorithm.batch import microbatches
+from utils.algorithm.log_probs import policy_log_probs
+from utils.algorithm.losses import aggregate_loss, find_loss
 from utils.algorithm.packing import is_packable
 from utils.algorithm.policy import build_optimizer, load_policy
-from utils.algorithm.statistics import StepSums
-from utils.algorithm.update import train_on_microbatch, update_policy
+from utils.algorithm.statistics import UpdateStatistics
 from utils.run.trial import try_longest_microbatch
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
@@ -36,15 +38,18 @@ def test_cuda_and_cpu_end_in_the_same_weights(tiny_model_dir: Path) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_nothing_waits_for_the_device_between_microbatches(tiny_model_dir: Path, dtype: str, n_repeats: int) -> None:
     training = replace(ON_CUDA, dtype=dtype)
-    policy, sums = load_policy(str(tiny_model_dir), training), StepSums()
-    device, rows = next(policy.parameters()).device, torch.arange(8)
-    batch = make_batch(n_repeats=n_repeats)
+    policy, loss = load_policy(str(tiny_model_dir), training), find_loss(training.loss_type)
+    batch, rows = make_batch(n_repeats=n_repeats), torch.arange(8)
+    watch = UpdateStatistics(policy, batch, training)
     assert is_packable(policy)
 
     def one_microbatch() -> None:
-        unused = torch.ones(len(batch.rewards))
-        microbatch = take_microbatch(batch, rows, unused, None, device, packed=True)
-        train_on_microbatch(policy, microbatch, training, sums)
+        for microbatch in microbatches(policy, batch, rows, replace(training, gradient_accumulation_steps=1)):
+            log_probs, entropy = policy_log_probs(policy, microbatch, training)
+            per_token, extras = loss.per_token(microbatch.loss_inputs(log_probs), training)
+            value = aggregate_loss(per_token, microbatch.response_mask, microbatch.denominators, len(rows))
+            value.backward()
+            watch.microbatch(microbatch, log_probs, entropy, value, extras)
 
     one_microbatch()  # looks at the model once, and fills caches
     torch.cuda.set_sync_debug_mode("error")

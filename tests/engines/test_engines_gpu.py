@@ -29,7 +29,7 @@ from configs.defaults import Config
 from utils import tiny
 from utils.engines import installed_vllm
 from utils.engines.transformers_engine import TransformersEngine
-from utils.run.engine_check import EngineOutOfStep, self_check
+from utils.run.engine_check import EngineOutOfStep, compare_log_probs
 
 pytestmark = [
     pytest.mark.gpu,
@@ -101,7 +101,7 @@ def test_stop_leaves_no_rollouts_and_a_working_engine(tiny_model_dir: Path, toke
         prompts = prompts_of(tokenizer, 40)
         assert_stops_and_goes_on(engine, policy, prompts)
         whole = ids_of(engine.generate(prompts, n=3, seed=5))
-        assert engine.generate(prompts, n=3, seed=5, stop=asked_to_stop(4)) == []
+        assert engine.generate(prompts, n=3, seed=5, should_stop=asked_to_stop(4)) == []
         engine.sleep()
         engine.update_weights(policy)
         assert ids_of(engine.generate(prompts, n=3, seed=5)) == whole
@@ -124,7 +124,7 @@ def test_sleep_frees_memory_and_waking_loses_nothing(
             sharpen_on_gpu(policy, seed)
             engine.update_weights(policy)
             rollouts = engine.generate(prompts_of(tokenizer, 16), n=2, seed=seed)
-            self_check(engine, policy, rollouts, config)
+            compare_log_probs(engine, policy, rollouts, config)
             assert ids_of(engine.generate(prompts_of(tokenizer, 16), n=2, seed=seed)) == ids_of(rollouts)
             free, total = torch.cuda.mem_get_info()
             slept = engine.sleep()
@@ -163,7 +163,7 @@ def test_self_check_catches_pushes_that_were_skipped(
         engine.update_weights(policy)
         sharpen_on_gpu(policy, seed=9)
         with pytest.raises(EngineOutOfStep):
-            self_check(engine, policy, engine.generate(prompts_of(tokenizer, 16), n=2, seed=0), config)
+            compare_log_probs(engine, policy, engine.generate(prompts_of(tokenizer, 16), n=2, seed=0), config)
     finally:
         engine.close()
 

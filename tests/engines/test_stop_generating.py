@@ -27,14 +27,14 @@ engine_class, generation, token, *arguments = sys.argv[1:]
 engine = pkgutil.resolve_name(engine_class)
 original, asked = engine.generate, []
 
-def generate(*args, stop, **kwargs):
+def generate(*args, should_stop, **kwargs):
     asked.append(0)
     def counted():
         asked[-1] += 1
         if (len(asked), asked[-1]) == (int(generation), int(token)):
             os.kill(os.getpid(), signal.SIGTERM)
-        return stop()
-    return original(*args, stop=counted, **kwargs)
+        return should_stop()
+    return original(*args, should_stop=counted, **kwargs)
 
 engine.generate = generate
 status = train_grpo.main(arguments)

@@ -249,7 +249,7 @@ def test_stop_leaves_no_rollouts_and_a_working_engine(
     """In the second of several batches too: `stop` is asked at every token of each."""
     engine = TransformersEngine(policy, tokenizer, sampling(min_tokens=2, max_tokens=8), batch_size=7)
     assert_stops_and_goes_on(engine, policy, prompts_of(tokenizer, 4))
-    assert engine.generate(prompts_of(tokenizer, 4), n=3, seed=5, stop=asked_to_stop(9)) == []
+    assert engine.generate(prompts_of(tokenizer, 4), n=3, seed=5, should_stop=asked_to_stop(9)) == []
 
 
 # Stop strings, read from ids
@@ -345,7 +345,7 @@ def test_a_compiled_policy_is_sampled_eagerly(policy: PreTrainedModel, tokenizer
 
 def test_autocast_is_the_trainer_s(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """With autocast, log-probs are those of an autocast forward pass, which float32's are not; gradients still flow."""
-    engine = TransformersEngine(policy, tokenizer, sampling(max_tokens=1), 1, autocast_dtype=torch.bfloat16)
+    engine = TransformersEngine(policy, tokenizer, sampling(max_tokens=1), 1, autocast_dtype="bfloat16")
     rollouts = engine.generate(prompts_of(tokenizer, 12), n=1, seed=0)
 
     def log_probs(autocast: bool) -> torch.Tensor:

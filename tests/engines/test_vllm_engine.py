@@ -30,7 +30,7 @@ from engine_cases import (
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from utils.records import RolloutEngine
-from utils.run.engine_check import EngineOutOfStep, log_prob_gap, self_check, tolerance_of
+from utils.run.engine_check import EngineOutOfStep, compare_log_probs, log_prob_gap, tolerance_of
 
 pytestmark = needs_vllm_cpu
 
@@ -133,16 +133,16 @@ def test_self_check_catches_a_push_that_was_skipped(
     set_sampling(engine, policy, temperature=0.7, min_tokens=2)
     engine.update_weights(policy)
     prompts = prompts_of(tokenizer, 16)
-    metrics = self_check(engine, policy, engine.generate(prompts, n=2, seed=0), config)
+    metrics = compare_log_probs(engine, policy, engine.generate(prompts, n=2, seed=0), config)
     assert metrics["check_mean_diff"] <= metrics["check_max_diff"] < 1e-4
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-5)
     ids = torch.tensor([prompts[0].token_ids])
     policy(ids, labels=ids).loss.backward()
     optimizer.step()
     with pytest.raises(EngineOutOfStep, match=r"vllm engine is out of step .* temperature 0\.7 .*not pushed after"):
-        self_check(engine, policy, engine.generate(prompts, n=2, seed=1), config)
+        compare_log_probs(engine, policy, engine.generate(prompts, n=2, seed=1), config)
     engine.update_weights(policy)
-    self_check(engine, policy, engine.generate(prompts, n=2, seed=1), config)
+    compare_log_probs(engine, policy, engine.generate(prompts, n=2, seed=1), config)
 
 
 def test_log_prob_gap_by_hand() -> None:

@@ -35,7 +35,7 @@ from engine_cases import (
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Qwen2Config
 
 from utils import tiny
-from utils.run.engine_check import self_check
+from utils.run.engine_check import compare_log_probs
 
 pytestmark = needs_vllm_cpu
 
@@ -225,8 +225,8 @@ def test_start_and_use_leave_random_states_and_products_alone(
     engine.update_weights(policy)
     rollouts = engine.generate(prompts_of(tokenizer, 8), n=2, seed=0)
     assert states() == before
-    assert 1e-5 < self_check(engine, policy, rollouts, config)["check_mean_diff"] < 5e-2
-    assert engine.generate(prompts_of(tokenizer, 8), n=2, seed=0, stop=asked_to_stop(2)) == []
+    assert 1e-5 < compare_log_probs(engine, policy, rollouts, config)["check_mean_diff"] < 5e-2
+    assert engine.generate(prompts_of(tokenizer, 8), n=2, seed=0, should_stop=asked_to_stop(2)) == []
     engine.close()
     engine.close()
     assert states() == before
@@ -249,7 +249,7 @@ def test_processes_end_cleanly(tiny_model_dir: Path, ending: str) -> None:
     script = f"""
         import signal, sys, torch
         signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
-        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        sys.path.insert(0, {str(Path(__file__).parents[1])!r})
         from engine_cases import cpu_config, prompts_of
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from utils.engines import build_engine

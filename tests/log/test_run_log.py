@@ -488,3 +488,48 @@ def test_a_folder_has_its_name_only_when_it_is_whole(tmp_path: Path) -> None:
         (unfinished / "f").write_text("whole")
         assert not folder.exists()
     assert [path.relative_to(tmp_path) for path in tmp_path.rglob("*")] == [Path("folder"), Path("folder/f")]
+
+
+@pytest.mark.parametrize("number", ["Infinity", "-Infinity", "NaN", "1e999"])
+def test_numbers_that_strict_json_lacks_make_a_line_no_row(tmp_path: Path, number: str) -> None:
+    path = tmp_path / "rollouts.jsonl"
+    lines = [f'{{"grpo_step": 1, "reward": {number}}}', '{"grpo_step": 2, "reward": 1.5}', "[" * 100_000]
+    path.write_text("".join(line + "\n" for line in lines))
+    rows, complaints = read_rows(path)
+    assert rows == [{"grpo_step": 2, "reward": 1.5}]
+    assert [text.partition(": ")[0] for text in complaints] == [f"{path}, line 1", f"{path}, line 3"]
+
+
+def test_rows_without_a_step_or_a_time_do_not_keep_a_run_from_going_on(tmp_path: Path) -> None:
+    rows = [{"grpo_step": 1, "train/loss": 0.5}, {"train/loss": 1.0}, {"grpo_step": "2", "time": 7.5}, {"eval_step": 1}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with RunLog(tmp_path, n_grpo_steps=2, resume_at=1) as log:
+        assert not log.lost_evaluation
+    assert strict_rows(tmp_path / "metrics.jsonl") == [rows[0], rows[3]]
+    (warning,) = warnings_in(tmp_path)
+    assert "rows without a grpo_step or an eval_step, left out: 2" in warning
+
+
+def test_a_resume_without_metrics_says_what_is_lost(tmp_path: Path) -> None:
+    with RunLog(tmp_path, n_grpo_steps=5, resume_at=4, evaluated_at=4) as log:
+        assert log.lost_evaluation
+        log.train_step(5, {"loss": 0.5})
+    assert [row["grpo_step"] for row in strict_rows(tmp_path / "metrics.jsonl")] == [5]
+    missing, again = warnings_in(tmp_path)
+    assert "metrics.jsonl is missing: what was measured up to GRPO step 4 is lost" in missing
+    assert "made again" in again
+
+
+def test_rollouts_of_a_lost_evaluation_are_cut_with_it(tmp_path: Path) -> None:
+    rollouts, rewards = make_rollouts(2)
+    with RunLog(tmp_path, n_grpo_steps=4) as log:
+        for step in (0, 2):
+            log.evaluation(step, {"reward": 0.5})
+            log.rollouts("eval", step, rollouts, rewards, n=2)
+        log.rollouts("train", 2, rollouts, rewards, n=1)
+    text = (tmp_path / "metrics.jsonl").read_text()
+    (tmp_path / "metrics.jsonl").write_text(text[:-20])
+    with RunLog(tmp_path, n_grpo_steps=4, resume_at=2, evaluated_at=2) as log:
+        assert log.lost_evaluation
+    kept = [(row["split"], row["grpo_step"]) for row in strict_rows(tmp_path / "rollouts.jsonl")]
+    assert kept == [("eval", 0), ("eval", 0), ("train", 2)]

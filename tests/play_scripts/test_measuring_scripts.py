@@ -48,7 +48,7 @@ def test_bench_engines_measures_nothing_where_nothing_is_asked_for(
     arguments: tuple,
     complaint: str,
 ) -> None:
-    monkeypatch.syspath_prepend(SCRIPTS)
+    monkeypatch.syspath_prepend(SCRIPTS / "bench")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["bench/engines.py", *arguments])
     with pytest.raises(SystemExit) as ended:

@@ -115,8 +115,10 @@ def test_what_a_resume_is_refused_for(tmp_path: Path) -> None:
     saved, config = Config(), Config()
     config.paths.output_dir = saved.paths.output_dir = str(tmp_path)
     (tmp_path / "checkpoints" / "step_000004").mkdir(parents=True)
-    (line,) = output_obstacles(config, resume=True, allow_changes=False)
+    damage, line = output_obstacles(config, resume=True, allow_changes=False)
+    assert "step_000004 is damaged" in damage
     assert "no config.yaml" in line and "--allow-changes" in line
+    (tmp_path / "checkpoints" / "step_000004").rmdir()
     save_config(saved, tmp_path / "config.yaml")
     config.training.n_grpo_steps = 99
     assert not list(output_obstacles(config, resume=True, allow_changes=False))

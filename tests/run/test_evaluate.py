@@ -54,7 +54,7 @@ def test_response_metrics_by_hand() -> None:
 
 def test_standard_error_is_over_problems_not_responses() -> None:
     class Engine:
-        def generate(self, prompts, n, seed, temperature=None, label="", stop=None):
+        def generate(self, prompts, n, seed, temperature=None, label="", should_stop=None):
             return [rollout("", 1, "stop") for _ in prompts for _ in range(n)]
 
     class Scorer:

@@ -9,6 +9,7 @@ import os
 import resource
 import shutil
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,8 +31,8 @@ from safetensors.torch import load_file
 
 from utils.algorithm import update
 from utils.engines import transformers_engine
+from utils.log.checkpoints import OPTIMIZER_FILE, STATE_FILE, saved_checkpoints
 from utils.run import guard
-from utils.run.checkpoint import OPTIMIZER_FILE
 from utils.run.ending import Status
 
 pytestmark = pytest.mark.slow
@@ -78,20 +79,89 @@ def test_a_disk_full_to_the_end_is_no_success(world, tmp_path):
     assert int((output / "checkpoints" / "last").readlink().name[-6:]) == N_STEPS
 
 
-def test_a_damaged_checkpoint_is_named_and_without_it_the_run_goes_on_from_the_one_before(world, reference, tmp_path):
+def contents(folder: Path) -> dict[str, bytes | str]:
+    """Every file in a folder with what it holds, and every link with its target."""
+    paths = [path for path in folder.rglob("*") if path.is_file() or path.is_symlink()]
+    return {str(path): str(path.readlink()) if path.is_symlink() else path.read_bytes() for path in paths}
+
+
+def damages(newest: Path, older: Path) -> Iterator[tuple[Path, bytes | None, Path]]:
+    """(file, its new bytes or None to remove it, the folder that is named) of each kind of damage."""
+    for name in ("model.safetensors", OPTIMIZER_FILE, STATE_FILE, "config.json"):
+        whole = (newest / name).read_bytes()
+        for damaged in (b"\0" * len(whole), whole[: len(whole) // 2], b"", None):
+            yield newest / name, damaged, newest
+    yield newest / STATE_FILE, b"{}", newest
+    yield older / STATE_FILE, b"", older
+    yield newest.with_name("step_000099") / "notes.txt", b"a folder that no run made", newest.with_name("step_000099")
+
+
+def test_a_damaged_checkpoint_is_named_and_without_it_the_run_goes_on_from_another(world, reference, tmp_path):
+    """Each kind of damage is one line; nothing in the folder is changed by the start that it refuses."""
     output = tmp_path / "run"
     assert finish(arguments(world, output)) == Status.FINISHED
-    newest, older = (output / "checkpoints" / f"step_{step:06d}" for step in (N_STEPS, N_STEPS - 1))
-    whole = (newest / "model.safetensors").read_bytes()
-    for damaged in (b"\0" * len(whole), whole[: len(whole) // 2], b""):  # a wrong header, a cut file, an empty one
-        (newest / "model.safetensors").write_bytes(damaged)
-        assert finish([*arguments(world, output), "--resume"]) == Status.USER_MISTAKE
-        (*_, told) = printed_file(output).read_text().splitlines()
-        assert told.startswith(f"error: the checkpoint {newest} is damaged")
-        assert told.endswith(f"delete that folder, and --resume goes on from {older}")
+    older, newest = saved_checkpoints(output / "checkpoints")[-2:]
+    for file, damaged, named in list(damages(newest, older)):
+        whole = file.read_bytes() if file.exists() else None
+        file.parent.mkdir(exist_ok=True)
+        file.unlink() if damaged is None else file.write_bytes(damaged)
+        before = contents(output)
+        printed_file(output).unlink()
+        assert finish([*arguments(world, output), "--resume"]) == Status.USER_MISTAKE, file
+        *before_it, line = printed_file(output).read_text().splitlines()
+        assert not any("Traceback" in text for text in before_it)
+        assert line.startswith(f"error: the checkpoint {named} is damaged (")
+        assert file.name in line or named.name == "step_000099"
+        assert line.endswith(f"delete that folder, and --resume goes on from {older if named == newest else newest}")
+        assert contents(output) == before
+        file.unlink(missing_ok=True) if whole is None else file.write_bytes(whole)
+        if whole is None:
+            file.parent.rmdir()
     shutil.rmtree(newest)
     assert finish([*arguments(world, output), "--resume"]) == Status.FINISHED
     assert_equal_runs(output, reference)
+
+
+def test_a_damaged_list_of_launches_is_named_and_a_missing_one_is_begun_again(world, reference, tmp_path):
+    output = tmp_path / "run"
+    assert finish(arguments(world, output, "training.n_grpo_steps=2")) == Status.FINISHED
+    for damaged in (b"", b'{"launches": [{"started"', b"[]"):
+        (output / "run.json").write_bytes(damaged)
+        before = contents(output)
+        assert finish([*arguments(world, output), "--resume"]) == Status.USER_MISTAKE
+        line = printed_file(output).read_text().splitlines()[-1]
+        assert line.startswith(f"error: {output / 'run.json'} is damaged")
+        assert "delete that file, and --resume goes on" in line
+        assert contents(output) == before
+    (output / "run.json").unlink()
+    assert finish([*arguments(world, output), "--resume"]) == Status.FINISHED
+    assert len(json.loads((output / "run.json").read_text())["launches"]) == 1
+    assert_equal_runs(output, reference)
+
+
+def test_a_lost_evaluation_is_made_again_and_rows_without_a_step_are_left_out(world, reference, tmp_path):
+    """The tail of metrics.jsonl is cut within the last evaluation's row; a line before it has no step."""
+    output = tmp_path / "run"
+    assert finish(arguments(world, output)) == Status.FINISHED
+    *lines, last = (output / "metrics.jsonl").read_text().splitlines(keepends=True)
+    assert json.loads(last)["eval_step"] == N_STEPS
+    (output / "metrics.jsonl").write_text("".join([*lines, '{"train/loss": 1.0}\n', last[: len(last) // 2]]))
+    assert finish([*arguments(world, output), "--resume"]) == Status.FINISHED
+    assert_equal_runs(output, reference)
+    warnings = [row["warning"] for row in rows_of(output / "warnings.jsonl")]
+    assert len(warnings) == 3
+    assert f"the evaluation at GRPO step {N_STEPS} is missing, so it is made again" in warnings[2]
+
+
+def test_fewer_steps_than_done_are_refused(world, tmp_path):
+    output = tmp_path / "run"
+    assert finish(arguments(world, output, "training.n_grpo_steps=2")) == Status.FINISHED
+    before = contents(output)
+    assert finish([*arguments(world, output, "training.n_grpo_steps=1"), "--resume"]) == Status.USER_MISTAKE
+    line = printed_file(output).read_text().splitlines()[-1]
+    assert "training.n_grpo_steps = 1" in line
+    assert "already done 2 steps; give 2 or more" in line
+    assert contents(output) == before
 
 
 def test_a_signal_before_the_first_step_is_done_has_nothing_to_save(world, tmp_path):

@@ -31,7 +31,7 @@ from run_cases import (
 )
 from safetensors.torch import load_file
 
-from utils.algorithm import update
+from utils.algorithm import log_probs
 from utils.run.checkpoint import OPTIMIZER_FILE
 from utils.run.ending import Status
 
@@ -127,15 +127,15 @@ def test_a_signal_ends_the_run_with_a_save_and_the_resumed_run_is_the_same(world
 
 def count_microbatches(counted: list[int], at: int, action: Callable[[], None]) -> None:
     """Do something in the middle of the n-th microbatch of this process."""
-    original = update.train_on_microbatch
+    original = log_probs.policy_log_probs  # called by the inner loop for each microbatch
 
-    def train_on_microbatch(*args, **kwargs):
+    def policy_log_probs(*args, **kwargs):
         counted.append(1)
         if len(counted) == at:
             action()
         return original(*args, **kwargs)
 
-    update.train_on_microbatch = train_on_microbatch
+    log_probs.policy_log_probs = policy_log_probs
 
 
 @pytest.mark.parametrize(

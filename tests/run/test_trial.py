@@ -57,7 +57,7 @@ def test_running_out_names_the_knobs(policy: torch.nn.Module, monkeypatch: pytes
     def out_of_memory(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(trial, "train_on_microbatch", out_of_memory)
+    monkeypatch.setattr(trial, "policy_log_probs", out_of_memory)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (10**9, 24 * 10**9))
     with pytest.raises(ValueError, match=r"2 x 11 tokens.*1.0 of 24.0 GB were free.*use_gradient_checkpointing"):
         try_longest_microbatch(policy, SETTINGS, longest_prompt=5)

@@ -1,36 +1,81 @@
-"""Rollouts -> padded tensors with masks -> microbatches. Which rows share a microbatch never changes the result."""
+"""Rollouts -> padded tensors with masks -> minibatches -> microbatches.
+
+How a minibatch is cut into microbatches never changes its loss: denominators are counted before it is cut.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from utils.algorithm.packing import Packing, pack
-from utils.records import Rollout, TrainBatch
+from configs.defaults import Training
+from utils.algorithm.losses import Loss, LossInputs, length_denominators
+from utils.algorithm.packing import Packing, is_packable, pack
+from utils.records import Rollout
+from utils.seeding import derive_seed
 
 
-def tokenize_prompt_and_output(
-    prompt_strs: Sequence[str], output_strs: Sequence[str], tokenizer: PreTrainedTokenizerBase
-) -> dict[str, Tensor]:
-    """Tokenize pairs of text: dict of `input_ids`, `labels`, `response_mask`, each (B, T-1), padded on the right.
+@dataclass(frozen=True)
+class TrainBatch:
+    """B rollouts as tensors on the CPU, padded on the right to T tokens (prompt and response together).
 
-    Prompt and output are tokenized apart, so no token spans both. `labels` are `input_ids` shifted by one; the mask
-    (bool) is True where the label is an output token. For text that was written, as in SFT; rollouts keep the ids that
-    were sampled (`make_train_batch`).
+    `response_mask` is aligned with the labels, `input_ids[:, 1:]`: entry t is True where label t is trained on. It
+    comes from lengths, since the pad id may be the end id. What a loss or its aggregation needs beside that is a field.
     """
-    prompts = [tokenizer(text).input_ids for text in prompt_strs]
-    outputs = [tokenizer(text, add_special_tokens=False).input_ids for text in output_strs]
-    ids = pad([p + o for p, o in zip(prompts, outputs, strict=True)], pad_id_of(tokenizer))
-    mask = response_mask(_lengths(prompts), _lengths(outputs), ids.shape[1])
-    return {"input_ids": ids[:, :-1], "labels": ids[:, 1:], "response_mask": mask}
+
+    input_ids: Tensor  # (B, T) int64
+    response_mask: Tensor  # (B, T-1) bool
+    sequence_lengths: Tensor  # (B,) int64: prompt and response
+    rewards: Tensor  # (B,) float32, raw
+    advantages: Tensor  # (B,) float32
+    sampler_log_probs: Tensor  # (B, T-1) float32, 0 outside the response
+    old_log_probs: Tensor | None = None  # (B, T-1), 0 outside the response; None: those of the weights now
+    reference_log_probs: Tensor | None = None  # (B, T-1)
+    has_gradient: Tensor | None = None  # (B,) bool: rollouts that go through the model; None: all
+    denominators: Tensor | None = None  # (B,) what each sequence's summed loss is divided by
+
+    @property
+    def rows_with_gradient(self) -> Tensor:
+        """(B,) bool."""
+        return torch.ones(len(self.rewards), dtype=torch.bool) if self.has_gradient is None else self.has_gradient
+
+
+def make_train_batch(rollouts: Sequence[Rollout], rewards: Tensor, advantages: Tensor, pad_id: int) -> TrainBatch:
+    """The very ids that were sampled, with rewards and advantages (B,), as tensors on the CPU."""
+    prompts = [rollout.prompt.token_ids for rollout in rollouts]
+    responses = [rollout.response_ids for rollout in rollouts]
+    input_ids = pad([p + r for p, r in zip(prompts, responses, strict=True)], pad_id)
+    prompt_lengths, response_lengths = lengths_of(prompts), lengths_of(responses)
+    mask = response_mask(prompt_lengths, response_lengths, input_ids.shape[1])
+    sampler_log_probs = torch.zeros(mask.shape, dtype=torch.float32)
+    # a mask lists its True entries row by row, which is the order of the rollouts
+    sampler_log_probs[mask] = torch.tensor([lp for rollout in rollouts for lp in rollout.sampler_log_probs])
+    return TrainBatch(
+        input_ids=input_ids,
+        response_mask=mask,
+        sequence_lengths=prompt_lengths + response_lengths,
+        rewards=rewards,
+        advantages=advantages,
+        sampler_log_probs=sampler_log_probs,
+    )
+
+
+def mark_gradients(batch: TrainBatch, loss: Loss, training: Training) -> TrainBatch:
+    """Leave rollouts that cannot change the policy out of forward and backward, if `skip_zero_advantage`.
+
+    They still count in the denominators: the loss is a mean over all rollouts.
+    """
+    if not training.skip_zero_advantage:
+        return batch
+    return replace(batch, has_gradient=loss.has_gradient(batch.rewards, batch.advantages))
 
 
 def pad_id_of(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The pad id, or the end id where the tokenizer has none: masks come from lengths, so any id will do."""
+    """The pad id, or the end id if the tokenizer has none: masks come from lengths, so any id will do."""
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
 
@@ -42,75 +87,91 @@ def pad(rows: Sequence[Sequence[int]], pad_id: int) -> Tensor:
 
 def response_mask(prompt_lengths: Tensor, response_lengths: Tensor, width: int) -> Tensor:
     """(B,), (B,), T -> (B, T-1) bool, aligned with labels: True where the label is a response token."""
-    label_position = torch.arange(1, width)
-    start = prompt_lengths[:, None]
-    return (label_position >= start) & (label_position < start + response_lengths[:, None])
+    start, label = prompt_lengths[:, None], torch.arange(1, width)
+    return (label >= start) & (label < start + response_lengths[:, None])
 
 
-def make_train_batch(rollouts: Sequence[Rollout], rewards: Tensor, advantages: Tensor, pad_id: int) -> TrainBatch:
-    """The very ids that were sampled, with rewards and advantages (B,), as tensors on the CPU."""
-    prompts = [rollout.prompt.token_ids for rollout in rollouts]
-    responses = [rollout.response_ids for rollout in rollouts]
-    prompt_lengths, response_lengths = _lengths(prompts), _lengths(responses)
-    input_ids = pad([p + r for p, r in zip(prompts, responses, strict=True)], pad_id)
-    mask = response_mask(prompt_lengths, response_lengths, input_ids.shape[1])
-    sampler_log_probs = torch.zeros(mask.shape, dtype=torch.float32)
-    # a mask lists its True entries row by row, which is the order that the rollouts stand in
-    sampler_log_probs[mask] = torch.tensor([lp for rollout in rollouts for lp in rollout.sampler_log_probs])
-    return TrainBatch(
-        input_ids=input_ids,
-        response_mask=mask,
-        sequence_lengths=prompt_lengths + response_lengths,
-        response_lengths=response_lengths,
-        sampler_log_probs=sampler_log_probs,
-        rewards=rewards,
-        advantages=advantages,
-    )
+def lengths_of(rows: Sequence[Sequence[int]]) -> Tensor:
+    """B rows of ids -> (B,) int64."""
+    return torch.tensor([len(row) for row in rows], dtype=torch.int64)
 
 
 @dataclass(frozen=True)
 class Microbatch:
-    """The rows of a TrainBatch that go through the model at once, cut to their longest, on the policy's device."""
+    """M rows of a TrainBatch that go through the model at once, cut to their longest, on the policy's device."""
 
     rows: Tensor  # (M,) which rows of the batch these are, on the CPU
     input_ids: Tensor  # (M, t)
     response_mask: Tensor  # (M, t-1)
     response_index: Tensor  # (N,) where the flattened mask is True
+    rewards: Tensor  # (M,)
+    advantages: Tensor  # (M,)
     sampler_log_probs: Tensor  # (M, t-1)
-    rewards: Tensor  # (M, 1)
-    advantages: Tensor  # (M, 1)
-    denominators: Tensor  # (M,)
-    old_log_probs: Tensor | None  # (M, t-1), or None where they are the current ones
+    old_log_probs: Tensor | None  # (M, t-1), None if they are those of the weights now
+    reference_log_probs: Tensor | None  # (M, t-1)
+    denominators: Tensor | None  # (M,)
     packing: Packing | None  # the same tokens without padding, for policies that take them so
 
+    def loss_inputs(self, policy_log_probs: Tensor) -> LossInputs:
+        """What a loss sees of these rows, with log-probs (M, t-1) under the weights now."""
+        return LossInputs(
+            policy_log_probs=policy_log_probs,
+            response_mask=self.response_mask,
+            rewards=self.rewards,
+            advantages=self.advantages,
+            old_log_probs=self.old_log_probs,
+            sampler_log_probs=self.sampler_log_probs,
+            reference_log_probs=self.reference_log_probs,
+        )
 
-def take_microbatch(
-    batch: TrainBatch,
-    rows: Tensor,
-    denominators: Tensor,
-    old_log_probs: Tensor | None,
-    device: torch.device,
-    packed: bool = False,
-) -> Microbatch:
-    """Pick rows (M,) out of a batch; `denominators` (B,), `old_log_probs` (B, T-1). Copies do not stall the GPU."""
+
+def minibatches(n_rollouts: int, training: Training, steps_done: int) -> Iterator[Tensor]:
+    """The rows of each optimizer step: every rollout once per epoch, in an order that is the epoch's own."""
+    for epoch in range(training.epochs_per_rollout_batch):
+        generator = torch.Generator().manual_seed(derive_seed(training.seed, "minibatches", steps_done, epoch))
+        yield from torch.randperm(n_rollouts, generator=generator).split(training.train_batch_size)
+
+
+def microbatches(policy: torch.nn.Module, batch: TrainBatch, rows: Tensor, training: Training) -> Iterator[Microbatch]:
+    """Cut the rows (N,) of a minibatch that have a gradient into microbatches, on the policy's device."""
+    denominators = torch.ones(len(batch.rewards))
+    denominators[rows] = length_denominators(batch.response_mask[rows], training)
+    batch = replace(batch, denominators=denominators)
+    trained = rows[batch.rows_with_gradient[rows]]
+    # a prompt is computed once for the rows that stay together
+    group_size = training.group_size if is_packable(policy) else 1
+    size, max_tokens = training.microbatch_size, training.max_tokens_per_microbatch
+    for piece in split_rows(trained, batch.sequence_lengths, size, max_tokens, group_size):
+        yield take_microbatch(policy, batch, piece)
+
+
+def take_microbatch(policy: torch.nn.Module, batch: TrainBatch, rows: Tensor) -> Microbatch:
+    """Pick rows (M,) out of a batch, for the policy's device; on a GPU the copies do not make the host wait."""
+    device = next(policy.parameters()).device
     width = int(batch.sequence_lengths[rows].max())
-
     input_ids, mask = batch.input_ids[rows, :width], batch.response_mask[rows, : width - 1]
 
     def on_device(tensor: Tensor) -> Tensor:
         return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+    def picked(values: Tensor | None) -> Tensor | None:
+        """Of (B,) or (B, T-1)."""
+        if values is None:
+            return None
+        return on_device(values[rows] if values.ndim == 1 else values[rows, : width - 1])
 
     return Microbatch(
         rows=rows,
         input_ids=on_device(input_ids),
         response_mask=on_device(mask),
         response_index=on_device(mask.flatten().nonzero().squeeze(-1)),
-        sampler_log_probs=on_device(batch.sampler_log_probs[rows, : width - 1]),
-        rewards=on_device(batch.rewards[rows, None]),
-        advantages=on_device(batch.advantages[rows, None]),
-        denominators=on_device(denominators[rows]),
-        old_log_probs=None if old_log_probs is None else on_device(old_log_probs[rows, : width - 1]),
-        packing=pack(input_ids, mask).to(device) if packed and mask.any() else None,
+        rewards=picked(batch.rewards),
+        advantages=picked(batch.advantages),
+        sampler_log_probs=picked(batch.sampler_log_probs),
+        old_log_probs=picked(batch.old_log_probs),
+        reference_log_probs=picked(batch.reference_log_probs),
+        denominators=picked(batch.denominators),
+        packing=pack(input_ids, mask).to(device) if is_packable(policy) and mask.any() else None,
     )
 
 
@@ -137,7 +198,3 @@ def split_rows(
     if len(rows):
         pieces.append(rows[order[start:]])
     return pieces
-
-
-def _lengths(rows: Sequence[Sequence[int]]) -> Tensor:
-    return torch.tensor([len(row) for row in rows], dtype=torch.int64)

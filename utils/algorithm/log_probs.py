@@ -15,8 +15,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from utils.algorithm.losses import compute_entropy
+from configs.defaults import Training
+from utils.algorithm.batch import Microbatch
 from utils.algorithm.packing import Packing, is_packable, pack, packed_hidden_states
+from utils.algorithm.policy import autocast
 
 # These backbones take a mask per layer type. Giving them "no mask" spares the check for packed sequences that
 # transformers makes on every forward pass, which waits for the device.
@@ -25,6 +27,31 @@ TAKES_MASK_BY_LAYER_TYPE = {"qwen2", "qwen3"}
 CAUSAL_WITHOUT_MASK = {"sdpa", "flash_attention_2", "flash_attention_3", "packed_sdpa", "packed_eager"}
 
 _plain_heads: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+def policy_log_probs(
+    policy: nn.Module, microbatch: Microbatch, training: Training, with_entropy: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """(M, t-1) log-probs of the response tokens as they were sampled (temperature applied), and their entropy."""
+    with autocast(policy, training.autocast_dtype):
+        return response_log_probs(
+            policy,
+            microbatch.input_ids,
+            microbatch.response_mask,
+            temperature=training.temperature,
+            chunk_size=training.log_prob_chunk_size,
+            with_entropy=with_entropy,
+            response_index=microbatch.response_index,
+            packing=microbatch.packing,
+        )
+
+
+def compute_entropy(logits: Tensor) -> Tensor:
+    """Entropy of softmax(logits): (..., V) -> (...), in nats. H = logsumexp(z) - sum p z, safe for large logits."""
+    shifted = logits - logits.amax(dim=-1, keepdim=True)
+    # p log p is 0 where p is 0, also for a logit of minus infinity
+    weighted = torch.where(shifted == -torch.inf, 0.0, shifted.softmax(dim=-1) * shifted)
+    return shifted.logsumexp(dim=-1) - weighted.sum(dim=-1)
 
 
 def get_response_log_probs(

@@ -34,8 +34,8 @@ class Packing:
 
     token_ids: Tensor  # (N,)
     positions: Tensor  # (N,) in their sequences
-    tokens_of: Tensor  # (M, t) which token of the row stands there; where there is padding, the sequence's first
-    place_of: Tensor  # (N,) where a token's own result stands in the flattened (M, t)
+    tokens_of: Tensor  # (M, t) index into the packed row; padding points to the sequence's own first token
+    place_of: Tensor  # (N,) index into the flattened (M, t): where a token's own result is
     predicts: Tensor  # (L,) the token of the row that predicts each label
 
     def to(self, device: torch.device) -> Packing:
@@ -50,6 +50,13 @@ def pack(input_ids: Tensor, response_mask: Tensor) -> Packing:
 
     `input_ids` (M, T); `response_mask` (M, T-1), true where the label `input_ids[:, 1:]` is a response token. What
     predicts none of these (a sequence's last token, a prompt without response) is left out.
+
+    Two responses, 7 8 and 9, to the prompt 5 6; the last tokens 8 and 9 predict nothing:
+        token_ids  5 6 7              the prompt once
+        positions  0 1 2
+        tokens_of  0 1 2 | 0 1 0      the second sequence has the same two tokens, then padding
+        place_of   0 1 2              all three are computed in the first sequence
+        predicts   1 2 1              6 predicts 7, 7 predicts 8, and 6 predicts 9
     """
     n_rows, n_labels = response_mask.shape
     column = torch.arange(n_labels)
@@ -80,8 +87,8 @@ def pack(input_ids: Tensor, response_mask: Tensor) -> Packing:
 
 
 def enable_packing(policy: PreTrainedModel) -> bool:
-    """Give a policy the attention that `packed_hidden_states` needs; False, and nothing changed, where it has another
-    kind of attention. Padded batches then go through torch's kernel."""
+    """Give a policy the attention that `packed_hidden_states` needs; False, and nothing changed, if its attention is
+    of another kind. Padded batches then go through torch's kernel."""
     config = policy.config
     plain = config.model_type in PACKABLE_MODELS and set(config.layer_types) == {"full_attention"}
     if not plain or config.attention_dropout or config._attn_implementation not in KERNELS:

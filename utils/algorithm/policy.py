@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import textwrap
 import warnings
 
@@ -77,6 +78,31 @@ def product_error(size: int = 512) -> float:
     return float(((left @ right).double() - exact).norm() / exact.norm())
 
 
+def trainable(policy: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """The parameters that an update changes, each once."""
+    return [parameter for parameter in policy.parameters() if parameter.requires_grad]
+
+
+def full_weights(policy: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The policy's weights under their checkpoint names: what is pushed into an engine and saved.
+
+    From `state_dict`, which holds a tied head under both its names. The tensors are the policy's own memory.
+    """
+    return {checkpoint_name(name): tensor for name, tensor in policy.state_dict().items()}
+
+
+def checkpoint_name(name: str) -> str:
+    """A weight's or module's name without what wrapping a policy in torch.compile adds."""
+    return name.replace("_orig_mod.", "")
+
+
+def autocast(policy: torch.nn.Module, dtype: str | None) -> contextlib.AbstractContextManager:
+    """Compute in this dtype on the policy's device while its weights keep theirs; None: in the weights' own."""
+    if dtype is None:
+        return contextlib.nullcontext()
+    return torch.autocast(next(policy.parameters()).device.type, getattr(torch, dtype))
+
+
 def build_optimizer(policy: torch.nn.Module, training: Training) -> torch.optim.Optimizer:
     """AdamW: bitsandbytes' 8-bit one (Dettmers et al. 2021, arXiv:2110.02861) or torch's fused one."""
     options = {
@@ -86,14 +112,14 @@ def build_optimizer(policy: torch.nn.Module, training: Training) -> torch.optim.
         "weight_decay": training.weight_decay,
     }
     if not training.use_bnb_adamw8bit:
-        return torch.optim.AdamW(policy.parameters(), fused=True, **options)
+        return torch.optim.AdamW(trainable(policy), fused=True, **options)
     try:
         import bitsandbytes
     except ImportError as error:
         raise ValueError(
             "training.use_bnb_adamw8bit = true needs bitsandbytes: pip install bitsandbytes, or set it to false"
         ) from error
-    return bitsandbytes.optim.AdamW8bit(policy.parameters(), **options)
+    return bitsandbytes.optim.AdamW8bit(trainable(policy), **options)
 
 
 def context_length(model_path: str) -> int:

@@ -1,67 +1,172 @@
-"""What a GRPO step's update did, summed over response tokens on the device and read once, at its end."""
+"""Everything that measures an update, and trains nothing: sums kept on the device and read once, at the end."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from utils.algorithm.batch import Microbatch
+from configs.defaults import Training
+from utils.algorithm.batch import Microbatch, TrainBatch, microbatches
+from utils.algorithm.log_probs import policy_log_probs
+from utils.algorithm.policy import trainable
+
+SAMPLES_PER_TENSOR = 65_536
 
 
 @dataclass
-class StepSums:
-    """Sums over response tokens, kept on the device and read once, at the end of the GRPO step."""
+class UpdateResult:
+    """What one rollout batch did to the policy."""
 
-    sums: dict[str, Tensor] = field(default_factory=dict)
-    losses: list[Tensor] = field(default_factory=list)  # one an optimizer step
-    grad_norms: list[Tensor] = field(default_factory=list)
+    metrics: dict[str, float]
+    n_optimizer_steps: int = 0  # taken
+    skipped: list[bool] = field(default_factory=list)  # one entry per optimizer step: was it not finite?
+    nonfinite_rows: list[int] = field(default_factory=list)  # rows of the batch that may have caused it
+    abandoned: bool = False  # asked to stop before any optimizer step: the weights are as they were
 
-    def add(self, name: str, value: Tensor) -> None:
-        self.sums[name] = self.sums.get(name, 0) + value.detach().double()
+    def skipped_in_a_row(self, before: int) -> int:
+        """How many optimizer steps have been skipped since the last one taken, after `before` and these."""
+        for was_skipped in self.skipped:
+            before = before + 1 if was_skipped else 0
+        return before
+
+
+class UpdateStatistics:
+    """Watches an update from beside the inner loop: told of each minibatch, microbatch and optimizer step."""
+
+    def __init__(self, policy: torch.nn.Module, batch: TrainBatch, training: Training) -> None:
+        self._policy, self._batch, self._training = policy, batch, training
+        self._device = next(policy.parameters()).device
+        self._movement = WeightMovement(trainable(policy))
+        self._sums: dict[str, Tensor] = {}  # over trained tokens
+        self._losses: list[Tensor] = []  # of each optimizer step taken
+        self._grad_norms: list[Tensor] = []
+        self._result = UpdateResult(metrics={})
+        self._start_minibatch()
 
     @property
     def weights_untouched(self) -> bool:
         """Whether the weights are still those that sampled: no optimizer step has been taken."""
-        return not self.losses
+        return not self._losses
 
-    def metrics(self, max_grad_norm: float) -> dict[str, float]:
-        """Means over response tokens, and over optimizer steps. A quantity that nothing was trained on is left out."""
-        sums = {name: value.item() for name, value in self.sums.items()}
-        compared = {name: sums.pop(name, 0.0) for name in ("compared_tokens", "sampler_kl", "sampler_max_diff")}
+    def minibatch(self, rows: Tensor) -> None:
+        """An optimizer step over these rows (N,) begins.
+
+        If the first one has no rollout with a gradient, one microbatch is compared with the sampler by a forward pass,
+        so that the gap is known at every step.
+        """
+        self._start_minibatch()
+        if self.weights_untouched and not self._batch.rows_with_gradient[rows].any():
+            everything = replace(self._batch, has_gradient=None)
+            with torch.no_grad():
+                microbatch = next(microbatches(self._policy, everything, rows, self._training))
+                log_probs, _ = policy_log_probs(self._policy, microbatch, self._training, with_entropy=False)
+                self._add_sampler_gap(microbatch, log_probs)
+
+    def _start_minibatch(self) -> None:
+        self._loss = torch.zeros((), device=self._device)
+        self._suspects: list[tuple[Tensor, Tensor]] = []  # rows, and which of them are not finite
+
+    def microbatch(
+        self, microbatch: Microbatch, log_probs: Tensor, entropy: Tensor, loss: Tensor, extras: dict[str, Tensor]
+    ) -> None:
+        """A microbatch's forward and backward are done. `log_probs`, `entropy` and `extras` are (M, t-1)."""
+        log_probs, mask = log_probs.detach(), microbatch.response_mask
+        old = log_probs if microbatch.old_log_probs is None else microbatch.old_log_probs
+        self._loss += loss.detach()
+        self._add("tokens", mask.sum())
+        measured = {"entropy": entropy, "clip_fraction": extras.get("clipped", torch.zeros_like(mask))}
+        # off-policy without old log-probs the ratio is unknown
+        if microbatch.old_log_probs is not None or self._training.optimizer_steps_per_rollout_batch == 1:
+            measured["mean_ratio"] = torch.exp(log_probs - old)
+        for name, values in measured.items():
+            self._add(name, torch.where(mask, values.float(), 0.0).sum())
+        if microbatch.old_log_probs is not None or self.weights_untouched:
+            self._add_sampler_gap(microbatch, old)
+        finite = torch.isfinite(log_probs) & torch.isfinite(old) & torch.isfinite(microbatch.sampler_log_probs)
+        self._suspects.append((microbatch.rows, ~finite.all(dim=1)))
+
+    def all_finite(self) -> Tensor:
+        """() bool on the device: whether this minibatch's loss, and all that it was computed from, is finite."""
+        finite = torch.isfinite(self._loss)
+        for _, bad in self._suspects:
+            finite = finite & ~bad.any()
+        return finite
+
+    def optimizer_step(self, grad_norm: Tensor, taken: bool) -> None:
+        """The optimizer step of this minibatch was taken, or skipped because a number was not finite."""
+        result = self._result
+        result.skipped.append(not taken)
+        if taken:
+            result.n_optimizer_steps += 1
+            self._losses.append(self._loss)
+            self._grad_norms.append(grad_norm)
+            return
+        flagged = [rows[bad.cpu()] for rows, bad in self._suspects]
+        if not any(map(len, flagged)):  # the gradient alone is not finite: any of the rows may have caused it
+            flagged = [rows for rows, _ in self._suspects]
+        result.nonfinite_rows += torch.cat(flagged).tolist() if flagged else []
+
+    def abandoned(self) -> UpdateResult:
+        """The update was given up before its first optimizer step."""
+        self._result.abandoned = True
+        return self._result
+
+    def result(self) -> UpdateResult:
+        """What the update did. A mean over tokens or optimizer steps is absent if there were none."""
+        sums = {name: value.item() for name, value in self._sums.items()}
+        compared, kl, largest = (sums.pop(name, 0.0) for name in ("compared_tokens", "sampler_kl", "sampler_max_diff"))
         tokens = sums.pop("tokens", 0.0)
-        metrics = {name: value / tokens for name, value in sums.items()} if tokens else {}
-        if compared["compared_tokens"]:
-            metrics["sampler_kl"] = compared["sampler_kl"] / compared["compared_tokens"]
-            metrics["sampler_max_diff"] = compared["sampler_max_diff"]
-        norms = torch.stack(self.grad_norms).double().cpu() if self.grad_norms else torch.empty(0)
-        if len(norms):
-            metrics["loss"] = torch.stack(self.losses).double().mean().item()
+        metrics = {
+            "frac_trained_rollouts": self._batch.rows_with_gradient.double().mean().item(),
+            "nonfinite_steps": float(sum(self._result.skipped)),
+            "frac_weights_moved": self._movement.share(),
+        }
+        metrics |= {name: value / tokens for name, value in sums.items()} if tokens else {}
+        if compared:
+            metrics |= {"sampler_kl": kl / compared, "sampler_max_diff": largest}
+        if self._grad_norms:
+            norms = torch.stack(self._grad_norms).double().cpu()
+            metrics["loss"] = torch.stack(self._losses).double().mean().item()
             metrics["grad_norm"] = norms.mean().item()
-            metrics["frac_grad_clipped"] = (norms > max_grad_norm).double().mean().item()
+            metrics["frac_grad_clipped"] = (norms > self._training.max_grad_norm).double().mean().item()
         metrics["trained_tokens"] = tokens
-        return metrics
+        self._result.metrics = metrics
+        return self._result
+
+    def _add(self, name: str, value: Tensor) -> None:
+        self._sums[name] = self._sums.get(name, 0) + value.detach().double()
+
+    def _add_sampler_gap(self, microbatch: Microbatch, log_probs: Tensor) -> None:
+        """How far the sampler's log-probs are from the trainer's (M, t-1) under the weights that sampled."""
+        mask = microbatch.response_mask
+        difference = torch.where(mask, log_probs - microbatch.sampler_log_probs, 0.0)
+        self._add("compared_tokens", mask.sum())
+        # KL(sampler || trainer) by the estimator r - 1 - log r, which is never negative (Schulman 2020)
+        self._add("sampler_kl", (torch.expm1(difference) - difference).sum())
+        largest = difference.abs().max().double()
+        self._sums["sampler_max_diff"] = torch.maximum(self._sums.get("sampler_max_diff", largest), largest)
 
 
-def add_statistics(
-    sums: StepSums, mask: Tensor, ratio: Tensor | None, entropy: Tensor, metadata: dict[str, Tensor]
-) -> None:
-    """Add a microbatch's response tokens to the step's sums; `mask`, `ratio` and `entropy` are (M, t-1)."""
-    sums.add("tokens", mask.sum())
-    values = {"entropy": entropy, "clip_fraction": metadata.get("clipped", torch.zeros_like(mask))}
-    if ratio is not None:
-        values["mean_ratio"] = ratio
-    for name, value in values.items():
-        sums.add(name, torch.where(mask, value.float(), 0.0).sum())
+class WeightMovement:
+    """What share of the weights has moved: a bfloat16 weight stays where an update is below half its spacing.
+
+    Remembers evenly spaced weights of every tensor, at most `SAMPLES_PER_TENSOR` of each, so that no second copy of a
+    large model is held.
+    """
+
+    def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
+        self._parameters = parameters
+        self._before = [_sample(parameter).clone() for parameter in parameters]
+
+    def share(self) -> float:
+        """The share of all weights that differ from when this object was made, each tensor weighing as its size."""
+        moved = torch.zeros((), dtype=torch.float64, device=self._parameters[0].device)
+        for parameter, before in zip(self._parameters, self._before, strict=True):
+            moved += (_sample(parameter) != before).double().mean() * parameter.numel()
+        return moved.item() / sum(parameter.numel() for parameter in self._parameters)
 
 
-def add_sampler_gap(sums: StepSums, microbatch: Microbatch, log_probs: Tensor) -> None:
-    """Add how far the sampler's log-probs lie from the trainer's (M, t-1) under the weights that sampled."""
-    mask = microbatch.response_mask
-    difference = torch.where(mask, log_probs - microbatch.sampler_log_probs, 0.0)
-    sums.add("compared_tokens", mask.sum())
-    # KL(sampler || trainer) by the estimator r - 1 - log r, which is never negative (Schulman 2020)
-    sums.add("sampler_kl", (torch.expm1(difference) - difference).sum())
-    largest = difference.abs().max().double()
-    sums.sums["sampler_max_diff"] = torch.maximum(sums.sums.get("sampler_max_diff", largest), largest)
+def _sample(parameter: torch.Tensor) -> torch.Tensor:
+    return parameter.detach().flatten()[:: -(-parameter.numel() // SAMPLES_PER_TENSOR)]

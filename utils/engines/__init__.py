@@ -78,13 +78,10 @@ def build_engine(
     """
     sampling = sampling_of(config)
     if choose_engine(config) == "transformers":
-        import torch
-
         from utils.engines.transformers_engine import TransformersEngine
 
-        name = config.training.autocast_dtype
-        autocast_dtype = getattr(torch, name) if name else None
-        return TransformersEngine(policy, tokenizer, sampling, config.training.generation_batch_size, autocast_dtype)
+        t = config.training
+        return TransformersEngine(policy, tokenizer, sampling, t.generation_batch_size, t.autocast_dtype)
     from utils.engines.vllm_engine import VllmEngine
 
     engine = VllmEngine(config, policy, tokenizer, sampling, longest_prompt)

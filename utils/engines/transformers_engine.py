@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from utils.algorithm.policy import autocast
 from utils.engines.responses import ResponseReader, check_rollouts, end_ids_of
 from utils.log.progress import progress_bar
 from utils.records import Prompt, Rollout, Sampling
@@ -58,7 +59,7 @@ class TransformersEngine:
         tokenizer: PreTrainedTokenizerBase,
         sampling: Sampling,
         batch_size: int,
-        autocast_dtype: torch.dtype | None = None,
+        autocast_dtype: str | None = None,
     ):
         self.sampling = sampling
         self.batch_size = batch_size
@@ -74,7 +75,7 @@ class TransformersEngine:
         seed: int,
         temperature: float | None = None,
         label: str = "rollouts",
-        stop: Callable[[], bool] = lambda: False,
+        should_stop: Callable[[], bool] = lambda: False,
     ) -> list[Rollout]:
         """See `utils.records.RolloutEngine`. Raises RuntimeError if a log-prob is not finite."""
         temperature = self.sampling.temperature if temperature is None else temperature
@@ -85,7 +86,7 @@ class TransformersEngine:
         with progress_bar(label, len(requests)) as advance, sampling_mode(self._model, self.autocast_dtype):
             for start in range(0, len(order), self.batch_size):
                 batch = order[start : start + self.batch_size]
-                sampled = self._sample_batch([requests[k] for k in batch], temperature, advance, stop)
+                sampled = self._sample_batch([requests[k] for k in batch], temperature, advance, should_stop)
                 if not sampled:
                     return []
                 rollouts.update(zip(batch, sampled, strict=True))
@@ -111,9 +112,9 @@ class TransformersEngine:
         requests: list[tuple[Prompt, int]],
         temperature: float,
         advance: Callable[[int], None],
-        stop: Callable[[], bool],
+        should_stop: Callable[[], bool],
     ) -> list[Rollout]:
-        """One rollout a request (prompt, seed), or none if `stop` says yes. `advance` is told how many more ended."""
+        """One rollout per request (prompt, seed), or none if `should_stop` says yes; `advance(n)` when n more ended."""
         sampling, device = self.sampling, self._model.device
         uniforms = torch.stack([uniform_numbers(request_seed, sampling.max_tokens) for _, request_seed in requests])
         uniforms = uniforms.to(device)
@@ -124,7 +125,7 @@ class TransformersEngine:
         ended = [False] * len(requests)
         active = list(range(len(requests)))
         for t in range(sampling.max_tokens):
-            if stop():
+            if should_stop():
                 return []
             self._forbid(logits, t)
             tokens, token_log_probs = sample_tokens(logits, uniforms[:, t], temperature, sampling.top_p)
@@ -194,13 +195,12 @@ def uniform_numbers(seed: int, count: int) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def sampling_mode(model: torch.nn.Module, autocast_dtype: torch.dtype | None) -> Iterator[None]:
+def sampling_mode(model: torch.nn.Module, autocast_dtype: str | None) -> Iterator[None]:
     """Evaluation mode, no gradients, nothing compiled; afterwards every module is in the mode that it was in."""
     training = {module: module.training for module in model.modules()}
-    autocast = torch.autocast(model.device.type, autocast_dtype) if autocast_dtype else contextlib.nullcontext()
     model.eval()
     try:
-        with torch.no_grad(), autocast, torch.compiler.set_stance("force_eager"):
+        with torch.no_grad(), autocast(model, autocast_dtype), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         for module, mode in training.items():

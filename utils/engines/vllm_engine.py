@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -12,6 +11,7 @@ from vllm import SamplingParams
 from vllm.outputs import CompletionOutput
 
 from configs.defaults import Config
+from utils.algorithm.policy import checkpoint_name, full_weights
 from utils.engines.responses import ResponseReader, check_rollouts, end_ids_of
 from utils.engines.vllm_start import GB, compilation, free_gpu_bytes, start_vllm, stop_vllm
 from utils.log.progress import progress_bar
@@ -58,7 +58,7 @@ class VllmEngine:
         seed: int,
         temperature: float | None = None,
         label: str = "rollouts",
-        stop: Callable[[], bool] = lambda: False,
+        should_stop: Callable[[], bool] = lambda: False,
     ) -> list[Rollout]:
         """See `utils.records.RolloutEngine`. One request a prompt, so that its n responses share the prefill.
 
@@ -77,7 +77,7 @@ class VllmEngine:
             for state in engine.output_processor.request_states.values():
                 state.logprobs_processor.tokenizer = None
             while engine.has_unfinished_requests():
-                if stop():
+                if should_stop():
                     engine.abort_request(request_ids, internal=True)
                     return []
                 done = [output for output in engine.step() if output.finished]
@@ -93,12 +93,11 @@ class VllmEngine:
         return rollouts
 
     def update_weights(self, policy: torch.nn.Module) -> dict[str, float]:
-        """Copy all of the policy's weights into the engine; wakes it if it sleeps. GB pushed, and seconds.
+        """Copy all of the policy's weights into the engine; wakes it if it sleeps. Returns the GB pushed.
 
         Waking has two phases, so that the cache's memory is still free while weights are loaded layer by layer.
         """
         assert self._llm is not None, "the engine is closed"
-        start = time.perf_counter()
         if self._asleep:
             free_gpu_bytes()  # what the trainer's allocator only caches must be there for vLLM
             self._llm.wake_up(tags=["weights"])
@@ -110,10 +109,8 @@ class VllmEngine:
         if self._asleep:
             self._llm.wake_up(tags=["kv_cache"])
             self._asleep = False
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
         pushed = {tensor.data_ptr(): tensor.nbytes for tensor in weights.values()}  # tied weights counted once
-        return {"push_gb": sum(pushed.values()) / GB, "push_dt": time.perf_counter() - start}
+        return {"push_gb": sum(pushed.values()) / GB}
 
     def sleep(self) -> dict[str, float]:
         """Give weights and cache back until `update_weights`; GB freed. Does nothing where there is no sleep."""
@@ -168,19 +165,19 @@ class VllmEngine:
 
 
 def weights_for_vllm(policy: torch.nn.Module, vocabulary_size: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """The policy's weights under their checkpoint names, (name, tensor); embeddings and head cut to the vocabulary.
+    """The policy's full weights as (name, tensor), embeddings and head cut to the vocabulary.
 
-    From `state_dict`, which holds a tied head under both its names: vLLM's CPU build would keep its copy of the head
-    otherwise. The tensors are the policy's own memory.
+    A tied head is there under both its names: vLLM's CPU build would keep its copy of the head otherwise. The tensors
+    are the policy's own memory.
     """
     vocabulary_layers = (policy.get_input_embeddings(), policy.get_output_embeddings())
     vocabulary_names = {
-        name for name, module in policy.named_modules(remove_duplicate=False) if module in vocabulary_layers
+        checkpoint_name(name)
+        for name, module in policy.named_modules(remove_duplicate=False)
+        if module in vocabulary_layers
     }
-    for name, tensor in policy.state_dict().items():
-        layer = name.rpartition(".")[0]
-        # What torch.compile wraps, as the policy's own compilation in place does not, has a prefix in its names.
-        yield name.replace("_orig_mod.", ""), tensor[:vocabulary_size] if layer in vocabulary_names else tensor
+    for name, tensor in full_weights(policy).items():
+        yield name, tensor[:vocabulary_size] if name.rpartition(".")[0] in vocabulary_names else tensor
 
 
 def check_same_tokenizer(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase, vocabulary_size: int) -> None:

@@ -41,19 +41,30 @@ def encode_row(row: Row) -> str:
 
 
 def read_rows(path: Path) -> tuple[list[Row], list[str]]:
-    """The rows of a JSONL file, and a complaint for each line that isn't one (say, cut off by a crash)."""
+    """The rows of a JSONL file, and a complaint for each line that isn't one (say, cut off by a crash).
+
+    JSON is strict here: NaN, Infinity and a number as large as 1e999 make a line no row, as readers elsewhere, such as
+    a browser, cannot take them.
+    """
     rows, complaints = [], []
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                row = json.loads(line)
-            except ValueError:  # not UTF-8, or not JSON
+                row = json.loads(line, parse_constant=_finite, parse_float=_finite)
+            except (ValueError, RecursionError):  # not UTF-8, or not JSON
                 row = None
             if isinstance(row, dict) and line.endswith(b"\n"):
                 rows.append(row)
             else:
                 complaints.append(f"{path}, line {number}: not a whole JSON row, left out: {line[:60]!r}")
     return rows, complaints
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is no number of strict JSON")
+    return value
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -100,9 +111,10 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def step_of(row: Row) -> int:
-    """GRPO steps completed when the row was written."""
-    return row["grpo_step"] if "grpo_step" in row else row["eval_step"]
+def step_of(row: Row) -> int | None:
+    """GRPO steps completed when the row was written; None if it does not say."""
+    step = row.get("grpo_step", row.get("eval_step"))
+    return step if isinstance(step, int) else None
 
 
 def is_evaluation(row: Row) -> bool:
@@ -113,21 +125,26 @@ def is_evaluation(row: Row) -> bool:
 def cut_rows(path: Path, last_step: int, last_evaluation: int | None = None) -> tuple[list[Row], list[str]]:
     """Drop the rows of later GRPO steps, those of later evaluations (None: at the same step), and broken lines.
 
-    Returns the rows kept and a complaint a broken line.
+    Returns the rows kept and the complaints: one per broken line, one about rows that name no step.
     """
     if not path.exists():
         return [], []
     rows, complaints = read_rows(path)
     last_evaluation = last_step if last_evaluation is None else last_evaluation
-    kept = [row for row in rows if step_of(row) <= (last_evaluation if is_evaluation(row) else last_step)]
+    placed = [row for row in rows if step_of(row) is not None]
+    if len(placed) < len(rows):
+        complaints.append(f"{path}: rows without a grpo_step or an eval_step, left out: {len(rows) - len(placed)}")
+    kept = [row for row in placed if step_of(row) <= (last_evaluation if is_evaluation(row) else last_step)]
     write_atomically(path, "".join(encode_row(row) + "\n" for row in kept))
     return kept, complaints
 
 
 def save_run_info(output_dir: Path, seed: int) -> None:
-    """Write run.json: what was launched, from which code, with which packages. A resumed run adds its own launch."""
-    path = Path(output_dir) / RUN_INFO_FILE
-    launches = json.loads(path.read_text())["launches"] if path.exists() else []
+    """Write run.json: what was launched, from which code, with which packages. A resumed run adds its own launch.
+
+    Raises ValueError if the earlier launches cannot be read.
+    """
+    path, launches = Path(output_dir) / RUN_INFO_FILE, earlier_launches(output_dir)
     launch = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join([sys.executable, *sys.argv]),
@@ -140,6 +157,21 @@ def save_run_info(output_dir: Path, seed: int) -> None:
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps({"launches": [*launches, launch]}, indent=2) + "\n")
+
+
+def earlier_launches(output_dir: Path) -> list[Any]:
+    """What run.json lists, or nothing if it is absent. Raises ValueError, with the remedy, if it cannot be read."""
+    path = Path(output_dir) / RUN_INFO_FILE
+    try:
+        launches = json.loads(path.read_bytes())["launches"] if path.exists() else []
+    except (OSError, ValueError, KeyError, TypeError):
+        launches = None
+    if not isinstance(launches, list):
+        raise ValueError(
+            f"{path} is damaged (cut off, or not JSON with a list of `launches`); delete that file, and --resume goes "
+            "on without the launches that it listed"
+        )
+    return launches
 
 
 def package_versions() -> dict[str, str | None]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
+from utils.log.checkpoints import CHECKPOINTS_FOLDER, saved_checkpoints
 from utils.log.files import CONFIG_FILE, METRICS_FILE
 
 LOCK_FILE = ".lock"
@@ -39,7 +40,8 @@ def unwritable(path: Path, is_file: bool = False, is_new: bool = False) -> str |
 
 def holds_run(output_dir: Path) -> bool:
     """Whether a run, perhaps of another config, has begun to write there."""
-    return any((output_dir / name).exists() for name in (CONFIG_FILE, METRICS_FILE))
+    begun = any((output_dir / name).exists() for name in (CONFIG_FILE, METRICS_FILE))
+    return begun or bool(saved_checkpoints(output_dir / CHECKPOINTS_FOLDER))
 
 
 @contextlib.contextmanager

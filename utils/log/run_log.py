@@ -56,8 +56,9 @@ class RunLog:
         self._output_dir = Path(output_dir)
         self._output_dir.mkdir(parents=True, exist_ok=True)
         self._grpo_step = resume_at or 0
+        self.lost_evaluation = False  # whether the evaluation at `resume_at` has to be made again
         kept, complaints = self._prepare_files(resume_at, evaluated_at)
-        already_run = max((row["time"] for row in kept), default=0.0)
+        already_run = max((row["time"] for row in kept if isinstance(row.get("time"), int | float)), default=0.0)
         self._started = time.monotonic() - already_run
         mode = "x" if resume_at is None else "a"  # two runs must not be mixed
         self._files = {METRICS_FILE: (self._output_dir / METRICS_FILE).open(mode)}
@@ -77,9 +78,17 @@ class RunLog:
         if resume_at is None:
             return [], []
         metrics_file = self._output_dir / METRICS_FILE
+        evaluated_at = resume_at if evaluated_at is None else evaluated_at
+        complaints = []
+        if resume_at > 0 and not metrics_file.exists():
+            complaints.append(f"{metrics_file} is missing: what was measured up to GRPO step {resume_at} is lost")
+        kept, damage = cut_rows(metrics_file, resume_at, evaluated_at)
+        if evaluated_at == resume_at and not any(row.get("eval_step") == resume_at for row in kept):
+            self.lost_evaluation, evaluated_at = True, resume_at - 1
+            damage.append(f"{metrics_file}: the evaluation at GRPO step {resume_at} is missing, so it is made again")
+        complaints += damage + cut_rows(self._output_dir / ROLLOUTS_FILE, resume_at, evaluated_at)[1]
         (self._output_dir / STATUS_FILE).unlink(missing_ok=True)
-        kept, complaints = cut_rows(metrics_file, resume_at, evaluated_at)
-        return kept, complaints + cut_rows(self._output_dir / ROLLOUTS_FILE, resume_at, evaluated_at)[1]
+        return kept, complaints
 
     @property
     def tracker_id(self) -> str | None:

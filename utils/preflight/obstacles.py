@@ -10,7 +10,14 @@ from pathlib import Path
 
 from configs.defaults import Config, Training
 from utils.engines import choose_engine
-from utils.log.files import CONFIG_FILE
+from utils.log.checkpoints import (
+    CHECKPOINTS_FOLDER,
+    DamagedCheckpoint,
+    check_checkpoints,
+    saved_checkpoints,
+    step_of_checkpoint,
+)
+from utils.log.files import CONFIG_FILE, earlier_launches
 from utils.log.output import holds_run, unwritable
 from utils.preflight.config import load_config
 from utils.preflight.config_rules import ConfigError
@@ -147,8 +154,29 @@ def output_obstacles(config: Config, resume: bool, allow_changes: bool) -> Itera
         yield f"{named}: it may not be read; give another folder"
     elif not resume and holds_run(folder):
         yield f"{named} already holds a run; continue it with --resume, or choose another folder"
-    elif resume and not allow_changes:
-        yield from _other_config(config, folder)
+    elif resume:
+        try:
+            earlier_launches(folder)
+        except ValueError as damage:
+            yield str(damage)
+        yield from _unusable_checkpoints(config, folder / CHECKPOINTS_FOLDER)
+        if not allow_changes:
+            yield from _other_config(config, folder)
+
+
+def _unusable_checkpoints(config: Config, folder: Path) -> Iterator[str]:
+    """Why --resume cannot go on from the newest checkpoint, if it cannot."""
+    try:
+        check_checkpoints(folder)
+    except DamagedCheckpoint as damage:
+        yield str(damage)
+        return
+    done, n_steps = max(map(step_of_checkpoint, saved_checkpoints(folder)), default=0), config.training.n_grpo_steps
+    if done > n_steps:
+        yield (
+            f"training.n_grpo_steps = {n_steps}, but the run in {str(folder.parent)!r} has already done {done} steps; "
+            f"give {done} or more, or another paths.output_dir"
+        )
 
 
 def _other_config(config: Config, folder: Path) -> Iterator[str]:
@@ -160,7 +188,7 @@ def _other_config(config: Config, folder: Path) -> Iterator[str]:
                 f"the run in {str(folder)!r} was begun with another config, and these fields may not change: "
                 f"{'; '.join(changed)}. Give them the saved values, or insist with --allow-changes"
             )
-    elif any((folder / "checkpoints").glob("step_*")):
+    elif saved_checkpoints(folder / CHECKPOINTS_FOLDER):
         yield (
             f"{folder} has checkpoints but no {CONFIG_FILE}, so nobody can tell whether this config is theirs; put the "
             "file back, or insist with --allow-changes"

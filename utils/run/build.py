@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
 
 import torch
-from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from configs.defaults import Config
 from utils.algorithm.policy import build_optimizer, context_length, load_policy, load_tokenizer
 from utils.engines import build_engine
-from utils.log.files import CONFIG_FILE, METRICS_FILE, save_run_info
+from utils.log.files import CONFIG_FILE, save_run_info
 from utils.log.output import claimed
 from utils.log.run_log import RunLog
 from utils.preflight.config import save_config, to_dict
@@ -34,14 +31,16 @@ from utils.rewards.functions import RewardScorer
 from utils.rewards.grader import Grader
 from utils.run.checkpoint import Checkpoints, TrainState
 from utils.run.ending import StopRequest, TimeLimit
-from utils.run.guard import Advisor, CollapseGuard
+from utils.run.engine_check import EngineCheck
 from utils.run.memory_tracker import MemoryTracker
-from utils.run.run import Run
+from utils.run.run import Learner, Run
+from utils.run.step_meter import StepMeter
 from utils.run.trial import try_longest_microbatch
+from utils.run.watchers import Watchers
 from utils.seeding import restore_random_state, seed_everything
 
 
-def build_run(config: Config, resume: bool, allow_changes: bool, stop: StopRequest, limit: TimeLimit) -> Run:
+def build_run(config: Config, resume: bool, allow_changes: bool, stop_request: StopRequest, limit: TimeLimit) -> Run:
     """Everything that `train` needs, from the newest checkpoint in `output_dir` where `resume`.
 
     Raises ValueError for what the user can mend: a model that does not load, a folder that holds a run, a changed
@@ -52,11 +51,11 @@ def build_run(config: Config, resume: bool, allow_changes: bool, stop: StopReque
         raise ConfigError(f"training.device = {device!r}: torch finds no GPU that it can use; set training.device=cpu")
     with claimed(Path(config.paths.output_dir)) as lock:
         checkpoint = find_checkpoint(config, resume, allow_changes)
-        return assemble(config, checkpoint, resume, stop, limit, lock)
+        return assemble(config, checkpoint, resume, stop_request, limit, lock)
 
 
 def assemble(
-    config: Config, checkpoint: Path | None, resume: bool, stop: StopRequest, limit: TimeLimit, lock: TextIO
+    config: Config, checkpoint: Path | None, resume: bool, stop_request: StopRequest, limit: TimeLimit, lock: TextIO
 ) -> Run:
     """Load, build and restore the parts of a run, and begin to write its files."""
     t, output_dir = config.training, Path(config.paths.output_dir)
@@ -67,35 +66,35 @@ def assemble(
     problem_sets = [[prompt.problem for prompt in prompts] for prompts in (train_prompts, validation_prompts)]
     more_notes += notes_on_data(*problem_sets, prompts_per_step=t.rollout_batch_size // t.group_size)
     longest_prompt = max(len(prompt.token_ids) for prompt in (*train_prompts, *validation_prompts))
-    with telling_of_damage(checkpoint):
-        policy, optimizer, engine = build_learner(config, model_path, tokenizer, longest_prompt)
-    stop.install()  # vLLM and others may have put handlers of their own in place
+    policy, optimizer, engine = build_learner(config, model_path, tokenizer, longest_prompt)
+    stop_request.install()  # vLLM and others may have put handlers of their own in place
 
-    problem_stream, guard, advisor = ProblemStream(train_prompts, t.seed), CollapseGuard(config), Advisor(config)
+    problem_stream, watchers = ProblemStream(train_prompts, t.seed), Watchers(config)
     checkpoints = Checkpoints(output_dir / "checkpoints", t.checkpoint_keep)
     state = TrainState(problem_stream=problem_stream.state_dict())
     if checkpoint is not None:
-        state = restore(checkpoint, checkpoints, optimizer, problem_stream, guard, advisor)
+        state = checkpoints.load(checkpoint, optimizer)
+        problem_stream.load_state_dict(state.problem_stream)
+        watchers.load_state_dict(state.guard, state.advisor)
         if state.skipped_in_a_row >= t.max_nonfinite_steps:  # what ended the run; a resume is another try
             state = replace(state, skipped_in_a_row=0)
     log = open_log(config, resume, state, engine.name, [*notes, *more_notes])
+    checkpoints.tidy()  # not before everything was read: until here a damaged run is as it was
+    if log.lost_evaluation:
+        state = replace(state, evaluated_step=None)
     if checkpoint is not None:
         restore_random_state(state.random)  # last: loading models, engine and tracker draws from these generators
+    scorer = RewardScorer(t.reward_fn, t.extra_rewards, Grader(**to_dict(config)["grader"]))
     return Run(
         config=config,
-        policy=policy,
-        tokenizer=tokenizer,
-        optimizer=optimizer,
-        engine=engine,
-        scorer=RewardScorer(t.reward_fn, t.extra_rewards, Grader(**to_dict(config)["grader"])),
-        problem_stream=problem_stream,
+        learner=Learner(policy, tokenizer, optimizer, engine, scorer, problem_stream),
         validation_prompts=fixed_subset(validation_prompts, t.max_val_examples, t.seed),
         checkpoints=checkpoints,
-        guard=guard,
-        advisor=advisor,
+        watchers=watchers,
+        engine_check=EngineCheck(config),
         log=log,
-        memory=MemoryTracker(torch.device(t.device), t.track_peak_memory),
-        stop=stop,
+        meter=StepMeter(MemoryTracker(torch.device(t.device), t.track_peak_memory)),
+        stop_request=stop_request,
         limit=limit,
         state=state,
         lock=lock,
@@ -116,37 +115,6 @@ def build_learner(
         try_longest_microbatch(policy, t, longest_prompt)
         engine.update_weights(policy)
     return policy, optimizer, engine
-
-
-@contextlib.contextmanager
-def telling_of_damage(checkpoint: Path | None) -> Iterator[None]:
-    """Names the checkpoint of the run whose weights cannot be read, and what there is to go on from without it."""
-    try:
-        yield
-    except ValueError as error:
-        if checkpoint is None or not isinstance(error.__cause__, SafetensorError):
-            raise
-        older = max((path for path in checkpoint.parent.glob("step_*") if path.name < checkpoint.name), default=None)
-        then = f"goes on from {older}" if older else "begins anew"
-        raise ConfigError(
-            f"the checkpoint {checkpoint} is damaged ({error.__cause__}); delete that folder, and --resume {then}"
-        ) from error
-
-
-def restore(
-    checkpoint: Path,
-    checkpoints: Checkpoints,
-    optimizer: torch.optim.Optimizer,
-    problem_stream: ProblemStream,
-    guard: CollapseGuard,
-    advisor: Advisor,
-) -> TrainState:
-    """Put every part that has a state back to where it was when the checkpoint was saved."""
-    state = checkpoints.load(checkpoint, optimizer)
-    problem_stream.load_state_dict(state.problem_stream)
-    guard.load_state_dict(state.guard)
-    advisor.load_state_dict(state.advisor)
-    return state
 
 
 def find_checkpoint(config: Config, resume: bool, allow_changes: bool) -> Path | None:
@@ -177,7 +145,8 @@ def load_prompts(config: Config, path: str, tokenizer: PreTrainedTokenizerBase) 
 def open_log(config: Config, resume: bool, state: TrainState, engine_name: str, notes: list[str]) -> RunLog:
     """Open the run's log; write down its config, and what it runs on; say where it stands and what is worth knowing."""
     t, output_dir = config.training, Path(config.paths.output_dir)
-    resumes_run = resume and (output_dir / METRICS_FILE).exists()
+    save_run_info(output_dir, t.seed)  # these two come first: a disk that is full refuses them before the log is open
+    save_config(config, output_dir / CONFIG_FILE)
     log = RunLog(
         output_dir,
         n_grpo_steps=t.n_grpo_steps,
@@ -186,11 +155,9 @@ def open_log(config: Config, resume: bool, state: TrainState, engine_name: str, 
         wandb_tags=t.wandb_tags,
         config=to_dict(config),
         tracker_id=state.tracker_id,
-        resume_at=state.grpo_step if resumes_run else None,
+        resume_at=state.grpo_step if resume else None,
         evaluated_at=-1 if state.evaluated_step is None else state.evaluated_step,
     )
-    save_config(config, output_dir / CONFIG_FILE)
-    save_run_info(output_dir, t.seed)
     if resume:
         log.note(what_resume_found(output_dir, state.grpo_step, t.n_grpo_steps))
     log.note(f"rollouts by the {engine_name} engine")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import json
+import pickle
 import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -18,11 +19,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from utils.log.checkpoints import OPTIMIZER_FILE, STATE_FILE, DamagedCheckpoint, read_state, saved_checkpoints
 from utils.log.files import UNFINISHED, flush, whole_folder, write_atomically
 from utils.seeding import capture_random_state, restore_random_state
 
-STATE_FILE = "trainer_state.json"
-OPTIMIZER_FILE = "optimizer.pt"
 REMOVING, LINKING = ".removing-", ".linking-"  # with UNFINISHED, what a killed save may leave behind
 
 
@@ -76,25 +76,28 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path | str, keep: int) -> None:
-        """Clean up what a killed process left in `folder`: only the process that writes there may make this object."""
+        """Read which checkpoints there are, and change nothing. Raises DamagedCheckpoint if a state cannot be read."""
         self.folder, self.keep = Path(folder), keep
         self.failure: SaveFailure | None = None
+        self._best_names = {path.name for path in self.steps() if read_state(path).get("is_best")}
+
+    def tidy(self) -> None:
+        """Remove what a killed process left, and mend the links. Only the process that writes there may do this."""
         if self.folder.is_dir():
             self._remove_leftovers()
             self._update_links()
 
     def steps(self) -> list[Path]:
-        """All checkpoints, oldest first. Each is whole."""
-        found = [path for path in self.folder.glob("step_*") if path.name.removeprefix("step_").isdigit()]
-        return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+        """All checkpoints, oldest first. Each is whole, unless something else has damaged it."""
+        return saved_checkpoints(self.folder)
 
     def newest(self) -> Path | None:
-        """The newest checkpoint, or None where there is none yet."""
+        """The newest checkpoint; None if there is none yet."""
         return next(reversed(self.steps()), None)
 
     def best(self) -> Path | None:
-        """The newest checkpoint that was the best so far when it was saved."""
-        return next((path for path in reversed(self.steps()) if _read_json(path / STATE_FILE)["is_best"]), None)
+        """The newest checkpoint that was the best so far when it was saved; None if there is none."""
+        return next((path for path in reversed(self.steps()) if path.name in self._best_names), None)
 
     def save(
         self,
@@ -122,6 +125,7 @@ class Checkpoints:
                     raise OSError(errno.ENOSPC, "not enough space on the disk")
                 with whole_folder(final) as unfinished:
                     _write(unfinished, state, policy, tokenizer, optimizer, is_best)
+            self._best_names = self._best_names - {final.name} | ({final.name} if is_best else set())
             self._update_links()
             self._remove_old()
         except (OSError, SafetensorError) as error:
@@ -137,13 +141,15 @@ class Checkpoints:
         """Put the optimizer's state and the global random generators back; returns the rest.
 
         Weights come from `from_pretrained(path)`, tokenizer too. The optimizer keeps its own hyperparameters, which
-        come from the config. Call this last, as building the other parts draws random numbers.
+        come from the config. Call this last, as building the other parts draws random numbers. Raises
+        DamagedCheckpoint.
         """
-        saved = torch.load(path / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
-        for saved_group, group in zip(saved["param_groups"], optimizer.param_groups, strict=True):
-            saved_group.update({name: value for name, value in group.items() if name != "params"})
-        optimizer.load_state_dict(saved)
-        entries = _read_json(path / STATE_FILE)
+        entries = read_state(path)
+        wanted = {"is_best", *TrainState.__dataclass_fields__}
+        if entries.keys() != wanted:
+            odd = ", ".join(sorted(entries.keys() ^ wanted))
+            raise DamagedCheckpoint(path, f"{STATE_FILE} is not of this version: {odd}")
+        _load_optimizer(path, optimizer)
         del entries["is_best"]
         restore_random_state(entries["random"])
         return TrainState(**entries)
@@ -190,6 +196,21 @@ def _write(folder: Path, state: TrainState, policy: Any, tokenizer: Any, optimiz
         raise
 
 
+def _load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
+    """Load the optimizer's saved state, but for its hyperparameters. Raises DamagedCheckpoint."""
+    try:
+        saved = torch.load(checkpoint / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        # torch's own message may advise to load it with weights_only=False, which would run code in the file
+        raise DamagedCheckpoint(checkpoint, f"{OPTIMIZER_FILE} cannot be read as tensors") from error
+    try:
+        for saved_group, group in zip(saved["param_groups"], optimizer.param_groups, strict=True):
+            saved_group.update({name: value for name, value in group.items() if name != "params"})
+        optimizer.load_state_dict(saved)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise DamagedCheckpoint(checkpoint, f"{OPTIMIZER_FILE} does not fit the model") from error
+
+
 def _means_full_disk(error: OSError | SafetensorError) -> bool:
     """Whether space, or the user's share of it, ran out; safetensors tells the number in its text alone."""
     return any(
@@ -213,7 +234,3 @@ def _tensor_bytes(tree: Any) -> int:
                 yield from tensors(child)
 
     return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors(tree)}.values())
-
-
-def _read_json(path: Path) -> dict:
-    return json.loads(path.read_text())

@@ -48,7 +48,32 @@ def tolerance_of(config: Config) -> float:
     return max(TOLERANCE[dtype] for dtype in dtypes)
 
 
-def self_check(
+class EngineCheck:
+    """Compares the engine's log-probs with the trainer's after the first push, and every `vllm.check_interval` steps.
+
+    The transformers engine samples from the policy itself, so it is not asked.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._checked = False
+
+    def if_due(
+        self, engine: RolloutEngine, policy: torch.nn.Module, rollouts: Sequence[Rollout], steps_done: int
+    ) -> dict[str, float]:
+        """The metrics of `compare_log_probs`, if it is due. Raises EngineOutOfStep."""
+        interval = self._config.vllm.check_interval
+        if interval is None or engine.name == "transformers":
+            return {}
+        due = steps_done % interval == 0
+        if self._checked and not due:
+            return {}
+        differences = compare_log_probs(engine, policy, rollouts, self._config)
+        self._checked = True
+        return differences if due else {}  # a resumed run's extra check is in no row
+
+
+def compare_log_probs(
     engine: RolloutEngine, policy: torch.nn.Module, rollouts: Sequence[Rollout], config: Config
 ) -> dict[str, float]:
     """Compare log-probs on a few of these rollouts, sampled by `engine` at its own temperature from `policy` as it is.
@@ -64,8 +89,7 @@ def self_check(
     if not mask.any():
         logger.warning("self-check: no response is longer than min_tokens, so nothing could be compared")
         return {}
-    autocast_dtype = getattr(torch, config.training.autocast_dtype) if config.training.autocast_dtype else None
-    with sampling_mode(policy, autocast_dtype):
+    with sampling_mode(policy, config.training.autocast_dtype):
         trainer_log_probs, _ = response_log_probs(
             policy,
             batch.input_ids.to(policy.device),

@@ -16,14 +16,16 @@ def evaluate(
     seed: int,
     n: int = 1,
     temperature: float | None = None,
-    stop: Callable[[], bool] = lambda: False,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> tuple[dict[str, float], list[Rollout], list[Reward]]:
-    """Sample n responses a prompt and score them: (metrics by bare names, rollouts, rewards), a prompt's side by side.
+    """Sample n responses per prompt and score them: (metrics by bare names, rollouts, rewards), a prompt's in a row.
 
     The seed is the evaluation's own and the same every time, so that differences are the policy's. `temperature` and
-    `stop` as in `RolloutEngine.generate`: all three are empty where the generation was stopped.
+    `should_stop` are those of `RolloutEngine.generate`: all three results are empty if the generation was stopped.
     """
-    rollouts = engine.generate(prompts, n=n, seed=seed, temperature=temperature, label="evaluation", stop=stop)
+    rollouts = engine.generate(
+        prompts, n=n, seed=seed, temperature=temperature, label="evaluation", should_stop=should_stop
+    )
     if not rollouts:
         return {}, [], []
     rewards = scorer.score(rollouts)

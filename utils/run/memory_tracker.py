@@ -33,7 +33,7 @@ class MemoryTracker:
             self._reset()
 
     def mark(self, name: str) -> int:
-        """Put the peak since the last mark down under `name`, keep the largest of equal names; returns it in bytes."""
+        """Record the peak since the last mark under `name`; repeated names keep the maximum. Returns it in bytes."""
         if not self.enabled:
             return 0
         peak = self._peak()

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from configs.defaults import Config
+from utils.algorithm.batch import TrainBatch
 from utils.algorithm.losses import zero_std_groups
-from utils.algorithm.update import UpdateResult
+from utils.algorithm.statistics import UpdateResult
 from utils.log.run_log import RunLog
 from utils.plots.figures import reward_curve
 from utils.preflight.machine import estimated_memory
@@ -24,41 +25,44 @@ from utils.rewards.functions import RewardScorer
 from utils.run.checkpoint import Checkpoints, TrainState
 from utils.run.closing import closing_lines
 from utils.run.ending import Status, StopRequest, TimeLimit
-from utils.run.engine_check import self_check
+from utils.run.engine_check import EngineCheck
 from utils.run.evaluate import evaluate, response_metrics
-from utils.run.guard import Advisor, CollapseGuard, Verdict
-from utils.run.memory_tracker import MemoryTracker, peak_memory_metrics
+from utils.run.step_meter import StepMeter
+from utils.run.watchers import Watchers
 from utils.seeding import capture_random_state, derive_seed
 
 
 @dataclass
+class Learner:
+    """What a GRPO step needs."""
+
+    policy: torch.nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    optimizer: torch.optim.Optimizer
+    engine: RolloutEngine
+    scorer: RewardScorer
+    problem_stream: ProblemStream
+
+
+@dataclass
 class Run:
-    """The parts of a run and `state`, where it stands between two GRPO steps.
+    """What keeps a run going around its steps, and `state`, where it is between two of them.
 
     `state` is replaced as a whole when a step is done, so that a step which is given up half-way leaves no trace in it.
     """
 
     config: Config
-    policy: torch.nn.Module
-    tokenizer: object
-    optimizer: torch.optim.Optimizer
-    engine: RolloutEngine
-    scorer: RewardScorer
-    problem_stream: ProblemStream
+    learner: Learner
     validation_prompts: Sequence[Prompt]
     checkpoints: Checkpoints
-    guard: CollapseGuard
-    advisor: Advisor
+    watchers: Watchers
+    engine_check: EngineCheck
     log: RunLog
-    memory: MemoryTracker
-    stop: StopRequest
+    meter: StepMeter
+    stop_request: StopRequest
     limit: TimeLimit
     state: TrainState
     lock: TextIO
-    verdict: Verdict | None = None
-    engine_checked: bool = False
-    step_started: float = 0.0
-    step_metrics: dict[str, float] = field(default_factory=dict)
 
     def __enter__(self) -> Run:
         return self
@@ -71,8 +75,8 @@ class Run:
             step = self.state.grpo_step + 1
             self.log.warn(f"the run ends with {kind.__name__} in GRPO step {step}. {self._how_to_resume()}")
             self.log.close("failed", f"{kind.__name__}: {error}")
-        self.engine.close()
-        self.scorer.grader.close()
+        self.learner.engine.close()
+        self.learner.scorer.grader.close()
         self.lock.close()
 
     def end(self, status: Status) -> Status:
@@ -81,8 +85,14 @@ class Run:
         name, detail = {
             Status.ERROR: ("failed", f"the last steps are on no disk: {self.checkpoints.failure}"),
             Status.FINISHED: ("finished", f"all {t.n_grpo_steps} GRPO steps are done"),
-            Status.COLLAPSED: ("collapsed", f"the guard stopped the run: {self.verdict and self.verdict.reason}"),
-            Status.STOPPED_BY_SIGNAL: ("interrupted", f"{self.stop.signal and self.stop.signal.name} asked to stop"),
+            Status.COLLAPSED: (
+                "collapsed",
+                f"the guard stopped the run: {self.watchers.verdict and self.watchers.verdict.reason}",
+            ),
+            Status.STOPPED_BY_SIGNAL: (
+                "interrupted",
+                f"{self.stop_request.signal and self.stop_request.signal.name} asked to stop",
+            ),
             Status.TIME_LIMIT: ("time_limit", f"no further step fits into training.max_hours = {t.max_hours}"),
             Status.NONFINITE: (
                 "failed",
@@ -101,102 +111,66 @@ class Run:
         self.log.close(name, detail)
         return status
 
-    @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Time a part of the step as `<name>_dt`, and note its peak memory."""
-        self.memory.start()
-        started = time.perf_counter()
-        yield
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-        self.step_metrics[f"{name}_dt"] = time.perf_counter() - started
-        self.memory.mark(name)
-
-    def start_step(self) -> None:
-        """Begin a GRPO step's clock and figures."""
-        self.step_started, self.step_metrics = time.perf_counter(), {}
-
-    def push_weights(self) -> None:
-        """Put the policy's weights into the engine."""
-        self.step_metrics |= self.engine.update_weights(self.policy)
-
-    def sleep_engine(self) -> None:
-        """Let the engine give its memory back while the policy trains."""
-        self.step_metrics |= self.engine.sleep()
+    def should_stop(self) -> bool:
+        """Whether a signal has asked the run to end."""
+        return self.stop_request.requested
 
     def check_engine(self, rollouts: Sequence[Rollout]) -> None:
-        """After the first push and every `vllm.check_interval` steps: did the engine sample from the policy's weights?
-
-        The transformers engine samples from the policy itself, so it is not asked. Raises EngineOutOfStep.
-        """
-        interval = self.config.vllm.check_interval
-        if interval is None or self.engine.name == "transformers":
-            return
-        due = self.state.grpo_step % interval == 0
-        if due or not self.engine_checked:
-            differences = self_check(self.engine, self.policy, rollouts, self.config)
-            self.step_metrics |= differences if due else {}  # a resumed run's extra check is in no row
-            self.engine_checked = True
+        """Did the engine sample from the policy's weights? Asked now and then; raises EngineOutOfStep."""
+        learner = self.learner
+        self.meter.add(self.engine_check.if_due(learner.engine, learner.policy, rollouts, self.state.grpo_step))
 
     def finish_step(
-        self, rollouts: Sequence[Rollout], rewards: Sequence[Reward], advantages: torch.Tensor, update: UpdateResult
+        self, rollouts: Sequence[Rollout], rewards: Sequence[Reward], batch: TrainBatch, update: UpdateResult
     ) -> None:
         """Log a GRPO step that is done, look for trouble in its figures, and make its outcome the run's state."""
         t, step = self.config.training, self.state.grpo_step + 1
         optimizer_step = self.state.optimizer_step + update.n_optimizer_steps
-        totals = torch.tensor([reward.total for reward in rewards])
-        seconds = time.perf_counter() - self.step_started
-        sampled_tokens = sum(len(rollout.response_ids) for rollout in rollouts)
         metrics = {
             **response_metrics(rollouts, rewards),
-            "reward_std": totals.std(correction=0).item(),
-            "frac_zero_std_groups": zero_std_groups(totals, t.group_size).float().mean().item(),
+            "reward_std": batch.rewards.std(correction=0).item(),
+            "frac_zero_std_groups": zero_std_groups(batch.rewards, t.group_size).float().mean().item(),
             **update.metrics,
             **self._grading_metrics(),
-            **self.step_metrics,
-            **peak_memory_metrics(self.memory.report(), self.step_metrics.get("sleep_freed_gb", 0.0)),
-            "step_dt": seconds,
-            "tokens_per_second": sampled_tokens / seconds,
+            **self.meter.finish(sum(len(rollout.response_ids) for rollout in rollouts)),
         }
         written = self.log.train_step(step, {"optimizer_step": optimizer_step, **metrics})
-        self._report_nonfinite(step, rollouts, rewards, advantages, update)
+        self._report_nonfinite(step, rollouts, rewards, batch, update)
         if self._is_due(t.eval_interval, step):
-            self.log.rollouts("train", step, rollouts, rewards, advantages.tolist(), n=t.n_rollouts_to_log)
-        self._look_for_trouble(step, written)
+            self.log.rollouts("train", step, rollouts, rewards, batch.advantages.tolist(), n=t.n_rollouts_to_log)
+        self.watchers.observe(step, written, self.log)
         if self.state.grpo_step == 0 and "train_peak_memory_gb" in metrics:
             self._compare_with_estimate(metrics["train_peak_memory_gb"])
-        self.limit.record(step=seconds)
-        self.state = TrainState(
+        self.limit.record(step=metrics["step_dt"])
+        self.state = replace(
+            self.state,
             grpo_step=step,
             optimizer_step=optimizer_step,
             skipped_in_a_row=update.skipped_in_a_row(self.state.skipped_in_a_row),
-            problem_stream=self.problem_stream.state_dict(),
-            best_reward=self.state.best_reward,
-            best_step=self.state.best_step,
-            evaluated_step=self.state.evaluated_step,
-            guard=self.guard.state_dict(),
-            advisor=self.advisor.state_dict(),
+            problem_stream=self.learner.problem_stream.state_dict(),
             tracker_id=self.log.tracker_id,
+            random=capture_random_state(),
+            **self.watchers.state_dict(),
         )
 
     def evaluate_if_due(self, always: bool = False) -> None:
         """Evaluate before training, every `eval_interval` steps and at the end (or `always`), once a step."""
         t, step = self.config.training, self.state.grpo_step
-        if t.eval_interval is None or self.state.evaluated_step == step or self.stop.requested:
+        if t.eval_interval is None or self.state.evaluated_step == step or self.should_stop():
             return
         if not (always or self._is_due(t.eval_interval, step)):
             return
         started = time.perf_counter()
         seed = derive_seed(t.seed, "evaluation")
         metrics, rollouts, rewards = evaluate(
-            self.engine, self.validation_prompts, self.scorer, seed, stop=lambda: self.stop.requested
+            self.learner.engine, self.validation_prompts, self.learner.scorer, seed, should_stop=self.should_stop
         )
         if not rollouts:  # asked to stop: a resumed run evaluates anew
             return
         seconds = time.perf_counter() - started
         written = self.log.evaluation(step, {**metrics, **self._grading_metrics(), "eval_dt": seconds})
         self.log.rollouts("eval", step, rollouts, rewards, n=t.n_rollouts_to_log)
-        self._look_for_trouble(step, written)
+        self.watchers.observe(step, written, self.log)
         self.limit.record(evaluation=seconds)
         reward = metrics["reward"]
         is_best = self.state.best_reward is None or reward > self.state.best_reward
@@ -205,9 +179,8 @@ class Run:
             evaluated_step=step,
             best_reward=reward if is_best else self.state.best_reward,
             best_step=step if is_best else self.state.best_step,
-            guard=self.guard.state_dict(),
-            advisor=self.advisor.state_dict(),
             random=capture_random_state(),
+            **self.watchers.state_dict(),
         )
 
     def save_if_due(self) -> None:
@@ -220,9 +193,9 @@ class Run:
     def save(self) -> None:
         """Save the run's state; a failure is a warning, one a step."""
         earlier = self.checkpoints.failure
-        started = time.perf_counter()
+        started, learner = time.perf_counter(), self.learner
         is_best = self.state.best_step == self.state.grpo_step
-        failure = self.checkpoints.save(self.state, self.policy, self.tokenizer, self.optimizer, is_best)
+        failure = self.checkpoints.save(self.state, learner.policy, learner.tokenizer, learner.optimizer, is_best)
         if failure is not None and (earlier is None or earlier.grpo_step != failure.grpo_step):
             self.log.warn(str(failure))
         self.limit.record(save=time.perf_counter() - started)
@@ -231,11 +204,11 @@ class Run:
         """How the run ends here, its last state saved; None if it goes on."""
         t = self.config.training
         status = None
-        if self.stop.requested:
+        if self.should_stop():
             status = Status.STOPPED_BY_SIGNAL
         elif self.state.grpo_step >= t.n_grpo_steps:
             status = Status.FINISHED
-        elif self.verdict is not None and self.config.guard.action == "stop":
+        elif self.watchers.want_to_stop:
             status = Status.COLLAPSED
         elif self.state.skipped_in_a_row >= t.max_nonfinite_steps:
             status = Status.NONFINITE
@@ -248,7 +221,7 @@ class Run:
 
     def _grading_metrics(self) -> dict[str, float]:
         """What the grader has counted since it was last asked."""
-        counts = self.scorer.grader.drain_counters()
+        counts = self.learner.scorer.grader.drain_counters()
         return {f"grader_{name}": float(count) for name, count in counts.items()}
 
     def _compare_with_estimate(self, measured_gb: float) -> None:
@@ -269,23 +242,12 @@ class Run:
     def _is_due(self, interval: int | None, step: int) -> bool:
         return step >= self.config.training.n_grpo_steps or (interval is not None and step % interval == 0)
 
-    def _look_for_trouble(self, step: int, metrics: dict[str, float]) -> None:
-        """Ask the guard and the advisor; what they say is shown, and the guard's last word kept."""
-        for advice in self.advisor.observe(step, metrics):
-            self.log.warn(advice)
-        if self.config.guard.action == "off":
-            return
-        verdict = self.guard.observe(step, metrics)
-        if verdict is not None:
-            self.verdict = verdict
-            self.log.warn(f"collapse at GRPO step {step}: {verdict}")
-
     def _report_nonfinite(
         self,
         step: int,
         rollouts: Sequence[Rollout],
         rewards: Sequence[Reward],
-        advantages: torch.Tensor,
+        batch: TrainBatch,
         update: UpdateResult,
     ) -> None:
         """Warn of optimizer steps that were skipped, and write down the rollouts whose numbers were non-finite."""
@@ -296,5 +258,5 @@ class Run:
             f"GRPO step {step}: {sum(update.skipped)} of {len(update.skipped)} optimizer steps skipped, their loss or "
             f"gradient was NaN or infinite; rollouts.jsonl holds the {len(rows)} rollouts that may have caused it"
         )
-        suspects = ([items[i] for i in rows] for items in (rollouts, rewards, advantages.tolist()))
+        suspects = ([items[i] for i in rows] for items in (rollouts, rewards, batch.advantages.tolist()))
         self.log.rollouts("nonfinite", step, *suspects, n=len(rows))

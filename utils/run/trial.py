@@ -6,9 +6,8 @@ import torch
 
 from configs.defaults import Training
 from utils.algorithm.batch import make_train_batch, take_microbatch
-from utils.algorithm.packing import is_packable
-from utils.algorithm.statistics import StepSums
-from utils.algorithm.update import train_on_microbatch
+from utils.algorithm.log_probs import policy_log_probs
+from utils.algorithm.policy import trainable
 from utils.records import Problem, Prompt, Rollout
 
 KNOBS = (
@@ -21,7 +20,7 @@ KNOBS = (
 def try_longest_microbatch(policy: torch.nn.Module, training: Training, longest_prompt: int) -> None:
     """Forward and backward of the largest microbatch that can come; weights and random states stay as they are.
 
-    The optimizer's state, which the first step makes, is stood in for by a block of its size. Raises ValueError where
+    A dummy block stands in for the optimizer state, which is allocated only at the first step. Raises ValueError if
     memory runs out, with what is free and the knobs.
     """
     device = next(policy.parameters()).device
@@ -38,8 +37,9 @@ def try_longest_microbatch(policy: torch.nn.Module, training: Training, longest_
     batch = make_train_batch(rollouts, ones, ones, pad_id=0)
     try:
         optimizer_state = torch.empty(optimizer_bytes(policy, training), dtype=torch.uint8, device=device)
-        microbatch = take_microbatch(batch, torch.arange(size), ones, None, device, is_packable(policy))
-        train_on_microbatch(policy, microbatch, training, StepSums())
+        microbatch = take_microbatch(policy, batch, torch.arange(size))
+        log_probs, _ = policy_log_probs(policy, microbatch, training)
+        log_probs.sum().backward()  # the losses are elementwise: beside the model their memory is nothing
         del optimizer_state
     except torch.OutOfMemoryError as error:
         free, total = torch.cuda.mem_get_info(device)
@@ -55,4 +55,4 @@ def try_longest_microbatch(policy: torch.nn.Module, training: Training, longest_
 
 def optimizer_bytes(policy: torch.nn.Module, training: Training) -> int:
     """What AdamW's two moments will take: a byte each in 8 bits, the weight's dtype otherwise."""
-    return sum(2 * p.numel() * (1 if training.use_bnb_adamw8bit else p.element_size()) for p in policy.parameters())
+    return sum(2 * p.numel() * (1 if training.use_bnb_adamw8bit else p.element_size()) for p in trainable(policy))

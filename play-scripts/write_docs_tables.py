@@ -1,7 +1,7 @@
-"""Write the README's tables of config fields and of metrics from the code.
+"""Write the tables of config fields and of metrics in docs/ from the code.
 
-python play-scripts/write_readme_tables.py
-python play-scripts/write_readme_tables.py --check    writes nothing; exit status 1 if the README is out of date
+python play-scripts/write_docs_tables.py
+python play-scripts/write_docs_tables.py --check    writes nothing; exit status 1 if a page is out of date
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from utils.preflight.config_rules import sections
 from utils.preflight.field_docs import describe_rules
 from utils.preflight.yaml_values import to_yaml_value
 
-README = Path(__file__).parents[1] / "README.md"
+DOCS = Path(__file__).parents[1] / "docs"
 
 
 def config_tables() -> str:
@@ -33,7 +33,7 @@ def config_tables() -> str:
 
 
 def with_tables(text: str) -> str:
-    """The README with what stands between its markers replaced."""
+    """A page with what is between its markers replaced."""
     for name, table in {"config": config_tables(), "metrics": metrics_table()}.items():
         marked = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         text = marked.sub(lambda match, table=table: f"{match[1]}{table}\n{match[2]}", text)
@@ -44,17 +44,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="only say whether the tables are up to date")
     options = parser.parse_args()
-    text = README.read_text(encoding="utf-8")
-    wanted = with_tables(text)
-    if text == wanted:
-        print(f"{README.name}: the tables are up to date")
-        return 0
-    if options.check:
-        print(f"{README.name} is out of date; run: python play-scripts/write_readme_tables.py", file=sys.stderr)
-        return 1
-    README.write_text(wanted, encoding="utf-8")
-    print(f"{README.name}: tables written")
-    return 0
+    pages = {page: page.read_text(encoding="utf-8") for page in (DOCS / "config.md", DOCS / "metrics.md")}
+    outdated = {page: with_tables(text) for page, text in pages.items() if with_tables(text) != text}
+    for page, text in outdated.items():
+        if options.check:
+            print(f"docs/{page.name} is out of date; run: python play-scripts/write_docs_tables.py", file=sys.stderr)
+        else:
+            page.write_text(text, encoding="utf-8")
+            print(f"docs/{page.name}: table written")
+    if not outdated:
+        print("the tables are up to date")
+    return int(bool(outdated) and options.check)
 
 
 if __name__ == "__main__":
