@@ -13,14 +13,14 @@ Exit status: 0 finished, 1 an error, 2 a mistake in what was asked for, 3 collap
 
 from __future__ import annotations
 
-import argparse
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from utils.preflight.config import describe_fields, load_config
-from utils.preflight.dry_run import describe_run
+from utils.preflight.command_line import parse_arguments
+from utils.preflight.config import load_config
+from utils.preflight.dry_run import show_dry_run
 from utils.preflight.obstacles import check_before_loading
 from utils.run.ending import Status, StopRequest, TimeLimit
 
@@ -112,12 +112,12 @@ def update_policy(
 
 
 def main(arguments: Sequence[str] | None = None) -> Status:
-    options = parse_arguments(arguments)
+    options = parse_arguments(arguments, __doc__)
     try:
         config = load_config(options.config, options.overrides)
         if options.dry_run:
-            print(describe_run(config, options.resume, options.allow_changes))
-            return Status.FINISHED
+            can_start = show_dry_run(config, options.resume, options.allow_changes, options.full)
+            return Status.FINISHED if can_start else Status.USER_MISTAKE
         check_before_loading(config, options.resume, options.allow_changes)
     except ValueError as mistake:
         return report_mistake(mistake)
@@ -137,27 +137,6 @@ def main(arguments: Sequence[str] | None = None) -> Status:
 def report_mistake(mistake: ValueError) -> Status:
     print(f"error: {mistake}", file=sys.stderr)
     return Status.USER_MISTAKE
-
-
-def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="train_grpo.py",
-        description=__doc__,
-        epilog="config fields, with their defaults:\n" + describe_fields(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--config", action="append", default=[], metavar="FILE", help="YAML file; given again, later files win"
-    )
-    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="change a field of the config")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="print the config and what follows from it; load nothing"
-    )
-    parser.add_argument("--resume", action="store_true", help="go on with the run in paths.output_dir")
-    parser.add_argument(
-        "--allow-changes", action="store_true", help="resume although fields differ that should not (they are listed)"
-    )
-    return parser.parse_intermixed_args(arguments)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Every parameter: its default, its one-line doc, and the values it may take. Standard library only.
 
-A YAML file holds only what differs from these. `python train_grpo.py --help` prints this file as a table.
+A YAML file holds only what differs from these. `python train_grpo.py --help-config` prints every field.
 """
 
 from __future__ import annotations
@@ -10,7 +10,10 @@ from typing import Any
 
 
 def option(default: Any, doc: str, **rules: Any) -> Any:
-    """A config field: a default, a doc, and rules: `low`/`high` (inclusive), `above`/`below` (exclusive), `choices`."""
+    """A config field: its default, doc and rules: `low`/`high` (inclusive), `above`/`below` (exclusive), `choices`.
+
+    A field with a `heading` begins a group of fields, for `--help-config`.
+    """
     metadata = {"doc": doc, **rules}
     if isinstance(default, list | dict):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
@@ -18,122 +21,180 @@ def option(default: Any, doc: str, **rules: Any) -> Any:
 
 
 def default_of(config_field: Any) -> Any:
-    """The default of a dataclass field, whether it was given as a value or as a factory."""
+    """The default of a dataclass field, which is kept as a value or as a factory."""
     return config_field.default if config_field.default is not MISSING else config_field.default_factory()
 
 
 @dataclass
 class Paths:
-    """Files read and the folder written. Relative paths start at the folder you run from."""
+    """The files that a run reads and the folder that it writes. Relative paths start at the folder you run from."""
 
-    train_data_file: str = option("data/math/train.jsonl", "problems to train on, JSONL")
-    val_data_file: str = option("data/math/validation.jsonl", "held-out problems to evaluate on, JSONL")
-    prompt_template_file: str = option("data/r1_zero.prompt", "prompt template, a text that holds {question}")
-    model_path: str = option("Qwen/Qwen2.5-Math-1.5B", "checkpoint folder, or a model's name on the Hugging Face hub")
-    output_dir: str = option("runs/grpo", "where the run writes; a folder that already holds a run is refused")
+    train_data_file: str = option("data/math/train.jsonl", "JSONL file of the problems to train on")
+    val_data_file: str = option("data/math/validation.jsonl", "JSONL file of the held-out problems to evaluate on")
+    prompt_template_file: str = option(
+        "data/r1_zero.prompt", "text file of the prompt template, which holds {question} once"
+    )
+    model_path: str = option(
+        "Qwen/Qwen2.5-Math-1.5B", "model to start from: a checkpoint folder, or a name on the Hugging Face hub"
+    )
+    output_dir: str = option(
+        "runs/grpo", "folder that the run writes; one that already holds a run is refused without --resume"
+    )
 
 
 @dataclass
 class Training:
-    """The algorithm, its optimizer, and how often to look at it."""
+    """The algorithm, its optimizer, how responses are sampled and scored, and how often the run evaluates and saves."""
 
-    seed: int = option(1337, "seed of every random stream", low=0, high=2**63 - 1)
-    device: str = option("cuda:0", "where the policy trains: cuda:0, cpu, ...")
-    dtype: str = option("bfloat16", "dtype of weights, gradients and optimizer state", choices=["bfloat16", "float32"])
+    seed: int = option(1337, "seed of every random stream", low=0, high=2**63 - 1, heading="Machine and numbers")
+    device: str = option("cuda:0", "device that the policy trains on: cuda:0, cpu, ...")
+    dtype: str = option(
+        "bfloat16", "dtype of the weights, gradients and optimizer state", choices=["bfloat16", "float32"]
+    )
     autocast_dtype: str | None = option(
-        None, "compute in this dtype while the weights stay in `dtype`; null computes in `dtype`", choices=["bfloat16"]
+        None,
+        "dtype to compute in while the weights stay float32; null computes in the weights' dtype",
+        choices=["bfloat16"],
     )
     attention_type: str = option(
-        "sdpa", "attention kernel", choices=["sdpa", "flash_attention_2", "flash_attention_3", "eager"]
+        "sdpa", "attention kernel of the policy", choices=["sdpa", "flash_attention_2", "flash_attention_3", "eager"]
     )
-    cpu_threads: int | None = option(None, "threads that torch computes with on the CPU; null: torch decides", low=1)
+    cpu_threads: int | None = option(
+        None, "number of CPU threads that torch computes with; null lets torch decide", low=1
+    )
     use_onednn: bool = option(
-        False, "CPU: float32 products by oneDNN, up to twice as fast as MKL on AMD; best with attention_type eager"
+        False,
+        "on the CPU, multiply float32 matrices with oneDNN instead of MKL: up to twice as fast on AMD processors, most "
+        "of all with attention_type eager",
     )
-    use_compile: bool = option(False, "run the policy's forward pass through torch.compile")
+    use_compile: bool = option(False, "compile the policy's forward pass with torch.compile")
 
-    n_grpo_steps: int = option(10, "GRPO steps: one rollout batch each", low=1)
-    rollout_batch_size: int = option(256, "rollouts a GRPO step", low=1)
-    group_size: int = option(8, "rollouts a problem", low=1)
+    n_grpo_steps: int = option(
+        10, "number of GRPO steps; each samples and trains on one rollout batch", low=1, heading="Batches and loss"
+    )
+    rollout_batch_size: int = option(256, "rollouts per GRPO step", low=1)
+    group_size: int = option(8, "rollouts per prompt", low=1)
     epochs_per_rollout_batch: int = option(1, "passes over each rollout batch", low=1)
-    train_batch_size: int = option(256, "rollouts an optimizer step", low=1)
-    gradient_accumulation_steps: int = option(256, "microbatches an optimizer step", low=1)
+    train_batch_size: int = option(256, "rollouts per optimizer step", low=1)
+    gradient_accumulation_steps: int = option(
+        256, "microbatches per optimizer step: more of them take less memory", low=1
+    )
     use_packing: bool = option(
-        True, "train without padding, a prompt once for its rollouts; models unknown to it run padded"
+        True,
+        "train without padding, and compute a prompt once for all its rollouts in a microbatch; a model that does not "
+        "support this is trained with padding",
     )
     max_tokens_per_microbatch: int | None = option(
-        None, "cut microbatches by this many tokens, padding counted, in place of gradient_accumulation_steps", low=1
+        None,
+        "most tokens per microbatch, padding included, in place of gradient_accumulation_steps; null is off",
+        low=1,
     )
     loss_type: str = option(
         "grpo_clip",
-        "per-token loss",
+        "loss per token",
         choices=["no_baseline", "reinforce_with_baseline", "grpo_clip", "grpo_no_clip"],
     )
-    use_std_normalization: bool = option(True, "divide advantages by the group's standard deviation")
-    advantage_eps: float = option(1e-6, "added to that standard deviation", low=0.0)
-    cliprange: float = option(0.2, "grpo_clip: how far the ratio may go from 1", above=0.0, below=1.0)
+    use_std_normalization: bool = option(True, "divide advantages by the standard deviation of the group's rewards")
+    advantage_eps: float = option(
+        1e-6, "added to the standard deviation that advantages are divided by, so that it is never 0", low=0.0
+    )
+    cliprange: float = option(0.2, "how far loss_type grpo_clip lets the ratio move from 1", above=0.0, below=1.0)
     normalize_mode: str = option(
         "mean",
-        "a sequence's loss is the sum over its tokens divided by: its own length, a constant, the microbatch's longest",
+        "what the sum over a response's tokens is divided by: its own length (mean), normalize_constant (constant), or "
+        "the longest response of its microbatch (microbatch)",
         choices=["mean", "constant", "microbatch"],
     )
-    normalize_constant: float = option(1024.0, "the divisor of normalize_mode constant", above=0.0)
-    skip_zero_advantage: bool = option(True, "leave rollouts that have no gradient out of forward and backward")
+    normalize_constant: float = option(1024.0, "what normalize_mode constant divides by", above=0.0)
+    skip_zero_advantage: bool = option(
+        True, "leave rollouts that have no gradient out of the forward and backward pass"
+    )
 
-    learning_rate: float = option(1e-5, "AdamW's learning rate, constant", above=0.0)
+    learning_rate: float = option(
+        1e-5, "AdamW's learning rate, the same for the whole run", above=0.0, heading="Optimizer"
+    )
     weight_decay: float = option(0.0, "AdamW's decoupled weight decay", low=0.0)
-    adam_beta1: float = option(0.9, "AdamW's first decay rate", low=0.0, below=1.0)
-    adam_beta2: float = option(0.95, "AdamW's second decay rate", low=0.0, below=1.0)
-    adam_eps: float = option(1e-8, "AdamW's epsilon", above=0.0)
-    max_grad_norm: float = option(1.0, "clip the total gradient norm to this", above=0.0)
-    max_nonfinite_steps: int = option(3, "stop after so many skipped optimizer steps in a row (NaN, infinity)", low=1)
+    adam_beta1: float = option(0.9, "AdamW's decay rate of the first moment", low=0.0, below=1.0)
+    adam_beta2: float = option(0.95, "AdamW's decay rate of the second moment", low=0.0, below=1.0)
+    adam_eps: float = option(1e-8, "AdamW's epsilon, added to the denominator of its update", above=0.0)
+    max_grad_norm: float = option(1.0, "largest total gradient norm; a larger gradient is scaled down to it", above=0.0)
+    max_nonfinite_steps: int = option(
+        3, "end the run after this many optimizer steps in a row were skipped because of NaN or infinity", low=1
+    )
 
     rollout_engine: str = option(
         "auto",
-        "what samples responses; auto is vllm where it is installed with a GPU, transformers elsewhere",
+        "engine that samples responses; auto is vllm if it is installed and the policy is on a GPU, else transformers",
         choices=["auto", "vllm", "transformers"],
+        heading="Sampling",
     )
-    generation_batch_size: int = option(256, "sequences that the transformers engine samples at once", low=1)
-    temperature: float = option(1.0, "sampling temperature, of rollouts and evaluation", above=0.0)
-    top_p: float = option(1.0, "nucleus sampling: smallest set of tokens with this probability", above=0.0, high=1.0)
-    min_tokens: int = option(4, "shortest response, tokens", low=0)
-    max_tokens: int = option(1024, "longest response, tokens", low=1)
+    generation_batch_size: int = option(256, "number of sequences that the transformers engine samples at once", low=1)
+    temperature: float = option(1.0, "sampling temperature of rollouts and of evaluation", above=0.0)
+    top_p: float = option(
+        1.0,
+        "nucleus sampling: sample from the smallest set of tokens with this total probability; 1 samples from all",
+        above=0.0,
+        high=1.0,
+    )
+    min_tokens: int = option(4, "tokens of the shortest response allowed", low=0)
+    max_tokens: int = option(1024, "tokens of the longest response allowed", low=1)
     max_prompt_tokens: int | None = option(
-        None, "leave out longer prompts (counted); null: what the model's context leaves beside max_tokens", low=1
+        None,
+        "leave out problems whose prompt has more tokens than this; null is the model's context less max_tokens",
+        low=1,
     )
     stop: list[str] = option(["</answer>"], "strings that end a response")
-    include_stop_str_in_output: bool = option(True, "keep the stop string in the response")
-    use_chat_template: bool = option(False, "put the filled prompt through the tokenizer's chat template, as the user")
-    system_prompt: str = option("", "system message of the chat template; empty is none")
-
-    reward_fn: str = option("r1_zero", "reward function")
-    extra_rewards: dict[str, float] = option({}, "more reward functions, each with the weight it is added with")
-
-    eval_interval: int | None = option(4, "evaluate every so many GRPO steps; null is never", low=1)
-    max_val_examples: int | None = option(1024, "problems in the fixed validation subset; null is all", low=1)
-    checkpoint_interval: int | None = option(4, "save every so many GRPO steps; null is only at the end", low=1)
-    checkpoint_keep: int = option(2, "newest checkpoints kept, beside the best and the last", low=1)
-    max_hours: float | None = option(
-        None, "end the run in time for its last save within so many hours, counted anew with each --resume", above=0.0
+    include_stop_str_in_output: bool = option(True, "keep the stop string at the end of the response")
+    use_chat_template: bool = option(
+        False, "send the filled prompt through the tokenizer's chat template, as the user's message"
     )
-    n_rollouts_to_log: int = option(16, "rollouts written at every evaluation, of training and validation each", low=0)
-    wandb_project: str = option("", "Weights & Biases project; empty is off")
-    wandb_run_name: str = option("", "name of the run there; empty lets it choose")
-    wandb_tags: list[str] = option([], "tags of the run there")
+    system_prompt: str = option("", "system message for the chat template; empty is none")
 
-    track_peak_memory: bool = option(True, "report peak memory at the key points of the step")
-    use_gradient_checkpointing: bool = option(True, "recompute activations in the backward pass, to save memory")
-    use_vllm_sleep_mode: bool = option(True, "let vLLM give its GPU memory back while the policy trains")
-    use_bnb_adamw8bit: bool = option(True, "bitsandbytes' 8-bit AdamW in place of torch's fused AdamW")
-    old_log_probs_train_size: int = option(2, "sequences a forward pass when old log-probs are computed", low=1)
-    log_prob_chunk_size: int = option(2048, "response tokens that go through the language-model head at once", low=1)
+    reward_fn: str = option("r1_zero", "reward function that scores responses", heading="Rewards")
+    extra_rewards: dict[str, float] = option(
+        {}, "more reward functions; each reward is multiplied by its weight here and added"
+    )
+
+    eval_interval: int | None = option(
+        4, "GRPO steps between evaluations; null is never", low=1, heading="Evaluation, checkpoints and logging"
+    )
+    max_val_examples: int | None = option(
+        1024, "number of validation problems that evaluations use, always the same ones; null is all", low=1
+    )
+    checkpoint_interval: int | None = option(4, "GRPO steps between checkpoints; null is only at the end", low=1)
+    checkpoint_keep: int = option(
+        2, "how many of the newest checkpoints are kept, besides the best and the last", low=1
+    )
+    max_hours: float | None = option(
+        None,
+        "hours after which the run has saved and ended, counted anew at each --resume; null is no limit",
+        above=0.0,
+    )
+    n_rollouts_to_log: int = option(
+        16, "rollouts written to rollouts.jsonl at every evaluation, of training and of validation each", low=0
+    )
+    wandb_project: str = option("", "project on Weights & Biases to log to; empty is off")
+    wandb_run_name: str = option("", "name of the run on Weights & Biases; empty lets it choose")
+    wandb_tags: list[str] = option([], "tags of the run on Weights & Biases")
+
+    track_peak_memory: bool = option(
+        True, "measure and log the peak memory of each phase of a step", heading="Memory and speed"
+    )
+    use_gradient_checkpointing: bool = option(True, "save memory by computing activations again in the backward pass")
+    use_vllm_sleep_mode: bool = option(True, "let vLLM free its GPU memory while the policy trains")
+    use_bnb_adamw8bit: bool = option(True, "use the 8-bit AdamW of bitsandbytes instead of torch's fused AdamW")
+    old_log_probs_train_size: int = option(2, "sequences per forward pass when old log-probs are computed", low=1)
+    log_prob_chunk_size: int = option(
+        2048, "number of response tokens that go through the language-model head at once", low=1
+    )
     try_longest_microbatch: bool = option(
-        True, "on a GPU: try a longest-case microbatch at the start, to run out of memory early"
+        True,
+        "on a GPU, try a microbatch of the longest possible sequences at the start, to see early if memory suffices",
     )
 
     @property
     def microbatch_size(self) -> int:
-        """Rollouts per microbatch, if no token budget cuts it."""
+        """Rollouts per microbatch if no token budget cuts it."""
         return self.train_batch_size // self.gradient_accumulation_steps
 
     @property
@@ -144,21 +205,29 @@ class Training:
 
 @dataclass
 class Vllm:
-    """The vLLM engine; nothing here matters to the transformers engine."""
+    """The vLLM engine. The transformers engine reads none of these fields."""
 
-    gpu_memory_utilization: float = option(0.2, "share of the GPU's memory that vLLM may take", above=0.0, high=1.0)
+    gpu_memory_utilization: float = option(0.2, "share of the GPU's memory that vLLM may use", above=0.0, high=1.0)
     dtype: str = option("bfloat16", "dtype that vLLM computes in", choices=["bfloat16", "float16", "float32"])
-    enable_prefix_caching: bool = option(True, "reuse the KV cache of prompts with a common beginning")
+    enable_prefix_caching: bool = option(True, "compute the common beginning of prompts once and reuse its KV cache")
     enforce_eager: bool = option(
-        False, "no CUDA graphs: slower, starts sooner, takes less memory (always so on the CPU)"
+        False, "run without CUDA graphs: slower, but starts sooner and takes less memory; always so on the CPU"
     )
-    max_model_len: int | None = option(None, "longest prompt and response; null derives it from the data", low=1)
-    max_num_seqs: int = option(256, "sequences generated at once", low=1)
-    sleep_level: int = option(2, "1 keeps the weights in host memory while asleep, 2 drops them", choices=[1, 2])
-    cpu_kv_cache_mb: int = option(256, "KV cache of the CPU build, MiB", low=1)
-    check_interval: int | None = option(10, "compare log-probs with the trainer's every so many GRPO steps", low=1)
+    max_model_len: int | None = option(
+        None, "tokens of the longest prompt and response together; null takes them from the data and max_tokens", low=1
+    )
+    max_num_seqs: int = option(256, "number of sequences generated at once", low=1)
+    sleep_level: int = option(
+        2, "1 keeps the weights in the machine's memory while vLLM sleeps, 2 drops them", choices=[1, 2]
+    )
+    cpu_kv_cache_mb: int = option(256, "size of the KV cache of vLLM's CPU build, MiB", low=1)
+    check_interval: int | None = option(
+        10, "GRPO steps between comparisons of vLLM's log-probs with the trainer's; null is never", low=1
+    )
     check_tolerance: float | None = option(
-        None, "largest mean absolute difference accepted there, nats; null: by dtype", above=0.0
+        None,
+        "largest mean absolute difference, in nats, that a comparison of log-probs accepts; null depends on the dtype",
+        above=0.0,
     )
 
 
@@ -166,9 +235,9 @@ class Vllm:
 class Grader:
     """The processes that decide whether two answers are equal."""
 
-    workers: int = option(2, "worker processes", low=1)
-    time_limit: float = option(1.0, "seconds that one answer may take", above=0.0)
-    memory_limit_mb: int = option(450, "memory that one worker may take, MiB", low=200)
+    workers: int = option(2, "number of processes that grade answers", low=1)
+    time_limit: float = option(1.0, "seconds that grading one answer may take", above=0.0)
+    memory_limit_mb: int = option(450, "memory that one grading process may take, MiB", low=200)
 
 
 @dataclass

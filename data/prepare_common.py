@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -18,13 +19,15 @@ SPLITS = {"train": "train.jsonl", "test": "validation.jsonl"}  # the published s
 
 def hub_rows(hub_name: str, config: str, split: str) -> Rows:
     """The rows of a data set on the Hugging Face hub. Raises ValueError where they can't be fetched."""
+    # Before version 4 a data set could bring a script, and `datasets` asked on the terminal whether to run it.
+    os.environ["HF_DATASETS_TRUST_REMOTE_CODE"] = "0"
     try:
         from datasets import load_dataset
     except ImportError as error:
         raise ValueError("the hub needs the package datasets: pip install datasets; see --raw for files") from error
     try:
         rows = load_dataset(hub_name, config, split=split)
-    except OSError as error:  # no network, no such data set
+    except (OSError, ValueError) as error:  # no network, no such data set, one with a script
         message = str(error).splitlines()[0]
         raise ValueError(f"cannot fetch {hub_name} ({config}) from the hub: {message}; see --raw for files") from error
     return [(f"{hub_name}/{config}/{split}, row {i}", row) for i, row in enumerate(rows)]

@@ -12,14 +12,13 @@ solution's last \\boxed{} holds.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from prepare_common import Rows, hub_rows, run_command, write_splits
 
-from utils.problems import read_rows
+from utils.problems import parse_json, read_rows
 from utils.rewards.grader import last_box
 
 PUBLISHED = {"train": 7500, "test": 5000}
@@ -65,10 +64,7 @@ def raw_rows(folder: Path, split: str) -> Rows:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    try:
-        row = json.loads(file.read_bytes())
-    except ValueError as error:  # not UTF-8, or not JSON
-        raise ValueError(f"{file}: not JSON: {error}") from error
+    row = parse_json(file.read_bytes(), str(file))
     if not isinstance(row, dict):
         raise ValueError(f"{file}: expected a JSON object, not {type(row).__name__}")
     return row

@@ -25,7 +25,9 @@ from configs.defaults import Config
 from utils.log.files import CONFIG_FILE
 from utils.log.output import unwritable
 from utils.preflight.config import load_config, to_dict
-from utils.preflight.obstacles import is_local, refuse, shortfalls, unusable_files
+from utils.preflight.model_files import is_local
+from utils.preflight.obstacles import refuse, shortfalls, unusable_files
+from utils.preflight.yaml_values import to_yaml_value
 from utils.run.ending import Status
 
 
@@ -83,7 +85,7 @@ def checkpoint_config(options: argparse.Namespace) -> Config:
         files = [Path(options.checkpoint).resolve().parents[1] / CONFIG_FILE]
     if files and not options.config and not files[0].is_file():
         raise ValueError(f"{options.checkpoint} lies in no run folder, so its config is unknown; give --config")
-    whole = ["training.max_val_examples=null", f"paths.model_path={json.dumps(options.checkpoint)}"]
+    whole = ["training.max_val_examples=null", f"paths.model_path={to_yaml_value(options.checkpoint)}"]
     config = load_config(files, [*whole, *options.overrides])
     # nothing is trained, so what training needs may be missing here
     config.training = replace(config.training, use_bnb_adamw8bit=False, use_gradient_checkpointing=False)

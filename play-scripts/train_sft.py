@@ -25,7 +25,7 @@ from configs.defaults import Training
 from utils.log.files import METRICS_FILE, encode_row, whole_folder
 from utils.log.output import unwritable
 from utils.log.progress import ProgressBar
-from utils.preflight.obstacles import is_local
+from utils.preflight.model_files import is_local
 from utils.problems import load_demonstrations
 from utils.run.ending import Status
 

@@ -14,7 +14,9 @@ from pathlib import Path
 
 from configs.defaults import default_of
 from utils.log.metrics import metrics_table
-from utils.preflight.config import describe_rules, sections, to_yaml_value
+from utils.preflight.config_rules import sections
+from utils.preflight.field_docs import describe_rules
+from utils.preflight.yaml_values import to_yaml_value
 
 DOCS = Path(__file__).parents[1] / "docs"
 

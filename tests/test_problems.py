@@ -18,6 +18,7 @@ from utils.problems import (
     fixed_subset,
     load_problems,
     load_template,
+    notes_on_data,
     read_problems,
     save_problems,
 )
@@ -77,6 +78,9 @@ GOOD = {"problem": "1+1?", "answer": "2"}
         ({"problem": "x", "answer": ["1", None]}, "`answer` should be text, not null"),
         ({"problem": "x", "answer": ["1", " "]}, "one of the answers in the list `answer` is empty"),
         ({"problem": "x", "answer": "2", "level": ["5"]}, "`level` should be text"),
+        ('{"problem": "x", "answer": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested too deeply"),
+        ('{"problem": "x", "answer": ' + '{"a":' * 100_000 + "1" + "}" * 100_001, "nested too deeply"),
+        ('{"problem": "x", "answer": [' + "[" * 400 + "]" * 401 + "}", "`answer` should be text, not list"),
         ('{"problem": "half a pair \\ud800", "answer": "2"}', "`problem` is not valid Unicode"),
         ({"problem": "x", "answer": " "}, "`answer` is empty"),
         ({"problem": "x", "answer": []}, "`answer` is empty"),
@@ -120,6 +124,19 @@ answers = texts.map(str.strip).filter(lambda text: "####" not in text)
 problems = st.builds(
     Problem, texts, answers | st.lists(answers, min_size=1).map(tuple), st.none() | texts, st.none() | texts
 )
+
+
+def test_validation_that_is_trained_on_is_counted() -> None:
+    train = [Problem(f"What is {i} + 1?", str(i + 1)) for i in range(8)]
+    apart = [Problem("What is 9 + 1?", "10")]
+    assert notes_on_data(train, apart, prompts_per_step=8) == []
+    (note,) = notes_on_data(train, [*apart, train[3], Problem(" What is  4 + 1?\n", "5")], prompts_per_step=8)
+    assert note.startswith("2 of 3 validation problems are also in the training data")
+
+
+def test_fewer_problems_than_a_step_has_prompts_are_told() -> None:
+    (note,) = notes_on_data([Problem("p", "1")] * 3, [Problem("q", "1")], prompts_per_step=4)
+    assert "3 training problems" in note and "4 prompts per GRPO step" in note and "more than once" in note
 
 
 @given(written=st.lists(problems, min_size=1, max_size=5))

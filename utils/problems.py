@@ -1,6 +1,7 @@
 """Data files and prompt templates become problems and prompts; streams and subsets of them are drawn by seed.
 
-`load_problems`, `read_problems`, `save_problems`, `load_template`, `build_prompts`, `fixed_subset`, `ProblemStream`.
+`load_problems`, `read_problems`, `save_problems`, `load_template`, `build_prompts`, `notes_on_data`, `fixed_subset`,
+`ProblemStream`.
 """
 
 from __future__ import annotations
@@ -76,13 +77,20 @@ def read_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
         for line_number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
-            try:
-                row = json.loads(line.decode("utf-8-sig"), parse_int=str, parse_float=str)
-            except (UnicodeDecodeError, json.JSONDecodeError) as error:
-                raise ValueError(f"{path}:{line_number}: not JSON: {error}") from error
+            row = parse_json(line, f"{path}:{line_number}", parse_int=str, parse_float=str)
             if not isinstance(row, dict):
                 raise ValueError(f"{path}:{line_number}: expected a JSON object, not {type(row).__name__}")
             yield line_number, row
+
+
+def parse_json(text: bytes, place: str, **options: Any) -> Any:
+    """The value of a JSON text in UTF-8. Raises ValueError, which begins with the place, if it cannot be read."""
+    try:
+        return json.loads(text.decode("utf-8-sig"), **options)
+    except ValueError as error:  # not UTF-8, not JSON, or a number of thousands of digits
+        raise ValueError(f"{place}: not JSON: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"{place}: its lists or objects are nested too deeply to be read") from error
 
 
 def problem_from_row(row: dict[str, Any]) -> Problem | None:
@@ -107,7 +115,8 @@ def problem_from_row(row: dict[str, Any]) -> Problem | None:
 
 def _text(key: str, value: Any) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"`{key}` should be text, not {json.dumps(value)[:80]}")
+        shown = type(value).__name__ if isinstance(value, list | dict) else json.dumps(value)
+        raise ValueError(f"`{key}` should be text, not {shown}")
     try:
         value.encode()
     except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, which no tokenizer takes
@@ -191,6 +200,27 @@ def _in_chat_template(text: str, tokenizer: PreTrainedTokenizerBase, system_prom
     messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
     messages.append({"role": "user", "content": text})
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def notes_on_data(train: Sequence[Problem], validation: Sequence[Problem], prompts_per_step: int) -> list[str]:
+    """What is allowed but worth knowing: validation problems that are trained on, and too few training problems.
+
+    Two questions are the same if they differ in white space at most.
+    """
+    notes = []
+    questions = {" ".join(problem.question.split()) for problem in train}
+    n_shared = sum(" ".join(problem.question.split()) in questions for problem in validation)
+    if n_shared:
+        notes.append(
+            f"{n_shared} of {len(validation)} validation problems are also in the training data, so the evaluation is "
+            "not on held-out problems alone"
+        )
+    if len(train) < prompts_per_step:
+        notes.append(
+            f"{len(train)} training problems are fewer than the {prompts_per_step} prompts per GRPO step "
+            "(rollout_batch_size / group_size), so a step draws some of them more than once"
+        )
+    return notes
 
 
 def fixed_subset(items: Sequence[Item], n: int | None, seed: int) -> list[Item]:

@@ -84,7 +84,9 @@ def measure(args: argparse.Namespace, config: Config) -> dict[str, Any]:
     if args.variant == TRL_OUR_KERNELS:
         kernels["attn_implementation"] = t.attention_type
         choose_cpu_products(t.use_onednn)
-    model = AutoModelForCausalLM.from_pretrained(config.paths.model_path, dtype=getattr(torch, t.dtype), **kernels)
+    model = AutoModelForCausalLM.from_pretrained(
+        config.paths.model_path, trust_remote_code=False, dtype=getattr(torch, t.dtype), **kernels
+    )
     prompts = Dataset.from_list([{"prompt": text} for text in prompt_texts(config)])
     trainer = GRPOTrainer(
         model,

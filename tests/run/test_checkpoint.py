@@ -25,7 +25,8 @@ from transformers.utils.logging import disable_progress_bar
 from configs.defaults import Config
 from utils import tiny
 from utils.log.checkpoints import DamagedCheckpoint
-from utils.preflight.config import ConfigError, fields, load_config, save_config
+from utils.preflight.config import load_config, save_config
+from utils.preflight.config_rules import ConfigError, fields
 from utils.preflight.resume_rules import MAY_CHANGE, changed_fields
 from utils.run import checkpoint
 from utils.run.checkpoint import Checkpoints, TrainState

@@ -48,6 +48,12 @@ def test_the_reference_run_learns_something(world, reference):
     assert 0.1 < metrics_of(reference)[0]["eval/reward"] < 0.9
 
 
+def test_validation_that_is_trained_on_is_reported_before_the_first_step(reference):
+    lines = printed_file(reference).read_text().splitlines()
+    (place,) = [i for i, line in enumerate(lines) if "20 of 20 validation problems" in line]
+    assert place < next(i for i, line in enumerate(lines) if "reward" in line)
+
+
 def wait_until_gone(session: int) -> None:
     """Wait until no process of a session is left: grading processes end by themselves when their trainer is killed."""
     while any(

@@ -15,7 +15,7 @@ from quickstart_cases import ROOT, command_line, rows, train
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from utils.log.output import claimed
-from utils.preflight.obstacles import is_local
+from utils.preflight.model_files import is_local
 from utils.run.build import what_resume_found
 
 TIMES = ("_dt", "time", "tokens_per_second", "memory_gb")

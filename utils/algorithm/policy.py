@@ -18,7 +18,7 @@ from utils.algorithm.packing import enable_packing
 def load_tokenizer(model_path: str) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer. Raises ValueError where there is none."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model_path)
+        tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"paths.model_path = {model_path!r}: cannot load a tokenizer: {_one_line(error)}") from error
     if not tokenizer("1").input_ids:
@@ -34,7 +34,10 @@ def load_policy(model_path: str, training: Training) -> PreTrainedModel:
         choose_cpu_products(training.use_onednn)
     try:
         policy = AutoModelForCausalLM.from_pretrained(
-            model_path, dtype=getattr(torch, training.dtype), attn_implementation=training.attention_type
+            model_path,
+            trust_remote_code=False,  # with None, its default, it asks on the terminal and then runs the folder's code
+            dtype=getattr(torch, training.dtype),
+            attn_implementation=training.attention_type,
         )
     except (OSError, ImportError, ValueError, SafetensorError) as error:
         raise ValueError(f"paths.model_path = {model_path!r}: cannot load the model: {_one_line(error)}") from error
@@ -121,7 +124,11 @@ def build_optimizer(policy: torch.nn.Module, training: Training) -> torch.optim.
 
 def context_length(model_path: str) -> int:
     """Tokens that the model's positions allow, prompt and response together. Raises ValueError if it does not say."""
-    length = getattr(AutoConfig.from_pretrained(model_path).get_text_config(), "max_position_embeddings", None)
+    try:
+        model_config = AutoConfig.from_pretrained(model_path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"paths.model_path = {model_path!r}: cannot load its config: {_one_line(error)}") from error
+    length = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     if length is None:
         raise ValueError(
             f"{model_path}: its config.json has no max_position_embeddings; set training.max_prompt_tokens"
@@ -131,4 +138,6 @@ def context_length(model_path: str) -> int:
 
 def _one_line(error: Exception) -> str:
     """An error of transformers' in one line: its first sentences are often wrapped, and its later ones long."""
+    if "trust_remote_code" in str(error):  # it advises to run the code
+        return "it needs code of its own, which is never run; take a model that transformers knows without it"
     return textwrap.shorten(str(error), width=300, placeholder=" ...")

@@ -43,6 +43,7 @@ def start_vllm(config: Config, policy: PreTrainedModel, vocabulary_size: int, lo
     knobs = config.vllm
     options: dict[str, Any] = {
         "model": config.paths.model_path,
+        "trust_remote_code": False,
         "load_format": "dummy",
         "dtype": knobs.dtype,
         "max_model_len": max_model_len,

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-import textwrap
-from collections.abc import Iterable, Iterator, Mapping
+import typing
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from configs.defaults import Config, default_of
+from configs.defaults import Config
 from utils.log.files import write_atomically
 from utils.preflight.config_rules import REMOVED, ConfigError, check_config, fields, nearest, sections
+from utils.preflight.yaml_values import (
+    NotYamlError,
+    dump,
+    entries,
+    is_null,
+    parse_yaml,
+    source_of,
+    text_node,
+    to_value,
+)
+
+Leaf = tuple[str, yaml.Node, str]  # a field's dotted name, its value, and where that is from
 
 
 def load_config(config_files: Iterable[str | Path] = (), overrides: Iterable[str] = ()) -> Config:
@@ -22,57 +32,56 @@ def load_config(config_files: Iterable[str | Path] = (), overrides: Iterable[str
 
     Raises ConfigError (a ValueError) naming the value, the file and line, and what would be right.
     """
-    merged = OmegaConf.structured(Config)
-    origins: dict[str, str] = {}
-    layers = [leaf for path in config_files for leaf in _file_leaves(Path(path), ())]
-    leaves = [*layers, *_override_leaves(overrides)]
-    _refuse_removed(leaves)
-    for key, value, origin in leaves:
-        _check_name(key, origin)
-        try:
-            OmegaConf.update(merged, key, value, merge=False)
-        except OmegaConfBaseException as error:
-            raise ConfigError(f"{origin}: {key} = {value!r} has the wrong type; {_right_type(key, value)}") from error
-        origins[key] = origin
-    try:
-        config = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        origin = f"{origins[error.full_key]}: {error.full_key}: " if error.full_key in origins else ""
-        raise ConfigError(origin + str(error).splitlines()[0]) from error
+    config, origins = read_config(config_files, overrides)
     check_config(config, origins)
     return config
 
 
-def _right_type(key: str, value: Any) -> str:
-    """The type that a field takes, with an example where it is written in brackets or braces."""
+def read_config(config_files: Iterable[str | Path], overrides: Iterable[str]) -> tuple[Config, dict[str, str]]:
+    """The merged config before its values are checked, and where each field that is set was set."""
+    config, origins, field_types = Config(), {}, _field_types()
+    layers = [leaf for path in config_files for leaf in _file_leaves(Path(path), ())]
+    leaves = [*layers, *_override_leaves(overrides)]
+    _refuse_removed(leaves)
+    for key, node, origin in leaves:
+        _check_name(key, origin)
+        try:
+            value = to_value(node, field_types[key])
+        except ValueError as error:
+            remedy = _right_type(key, node)
+            raise ConfigError(f"{origin}: {key} = {source_of(node)} has the wrong type; {remedy}") from error
+        section, name = key.split(".")
+        setattr(getattr(config, section), name, value)
+        origins[key] = origin
+    return config, origins
+
+
+def _field_types() -> dict[str, Any]:
+    hints = {section: typing.get_type_hints(cls) for section, cls in sections().items()}
+    return {key: hints[section][name] for key in fields() for section, name in [key.split(".")]}
+
+
+def _right_type(key: str, node: yaml.Node) -> str:
+    """The type that a field takes, with an example if it is written in brackets or braces."""
     wanted = str(fields()[key].type)
-    values = value if isinstance(value, dict) else {}
-    unspaced = [name for name in values if ":" in str(name) and values[name] is None]
-    if unspaced:
-        name, _, weight = unspaced[0].partition(":")
-        return f"YAML needs a space after the colon, for example {key}='{{{name}: {weight}}}'"
+    if isinstance(node, yaml.MappingNode):
+        unspaced = [name.value for name, value in node.value if is_null(value) and ":" in str(name.value)]
+        if unspaced:
+            name, _, weight = unspaced[0].partition(":")
+            return f"YAML needs a space after the colon, for example {key}='{{{name}: {weight}}}'"
     if wanted.startswith("list"):
-        return f"it takes {wanted}, for example {key}='[{value if isinstance(value, str) else 'foo'}]'"
+        example = source_of(node) if isinstance(node, yaml.ScalarNode) and not is_null(node) else "foo"
+        return f"it takes {wanted}, for example {key}='[{example}]'"
     if wanted.startswith("dict"):
         return f"it takes {wanted}, for example {key}='{{gsm8k: 0.5}}'"
+    if wanted == "str" and is_null(node):
+        return "it takes str: give '' for none, or put quotes around the word"
     return f"it takes {wanted}"
-
-
-class _QuotingDumper(yaml.SafeDumper):
-    """Quotes every text that might be read as a number: OmegaConf takes `0E0` for one, which PyYAML does not."""
-
-
-_QuotingDumper.add_representer(
-    str,
-    lambda dumper, text: dumper.represent_scalar(
-        "tag:yaml.org,2002:str", text, style="'" if text[:1] in {*"+-.0123456789"} else None
-    ),
-)
 
 
 def save_config(config: Config, path: Path) -> None:
     """Write every field, so that `load_config([path])` gives the same config whatever the defaults become."""
-    write_atomically(path, yaml.dump(to_dict(config), Dumper=_QuotingDumper, sort_keys=False))
+    write_atomically(path, dump(to_dict(config)))
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -80,8 +89,8 @@ def to_dict(config: Config) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def _file_leaves(path: Path, chain: tuple[Path, ...]) -> Iterator[tuple[str, Any, str]]:
-    """(dotted key, value, "file:line") of a YAML file, after those of the file that its `base:` names."""
+def _file_leaves(path: Path, chain: tuple[Path, ...]) -> Iterator[Leaf]:
+    """The fields of a YAML file, after those of the file that its `base:` names."""
     if path.resolve() in chain:
         raise ConfigError(f"{path}: its base leads back to itself; break the circle")
     try:
@@ -91,66 +100,64 @@ def _file_leaves(path: Path, chain: tuple[Path, ...]) -> Iterator[tuple[str, Any
         raise ConfigError(f"{path}: no such config file ({error.strerror}){named_by}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text: {error}") from error
-    top_level = _read_yaml(text, path)
-    base, _, origin = top_level.pop("base", (None, None, ""))
-    if base is not None and not isinstance(base, str):
-        raise ConfigError(f"{origin}: base = {base!r}: give the path of a YAML file")
-    if base is not None:
-        yield from _file_leaves(path.parent / base, (*chain, path.resolve()))
-    for section, (value, node, origin) in top_level.items():
-        if section in sections() and isinstance(node, yaml.MappingNode):
-            for key, (leaf, _, line) in _entries(node, value, path).items():
-                yield f"{section}.{key}", leaf, line
-        elif section not in sections() or value is not None:  # a section may have nothing in it
-            yield section, value, origin
-
-
-Entries = dict[str, tuple[Any, yaml.Node, str]]  # key: its value, that value's node, "file:line" of the key
-
-
-def _read_yaml(text: str, path: Path) -> Entries:
-    """What stands at the top level of a YAML text."""
     try:
-        tree = yaml.compose(text, Loader=yaml.SafeLoader)
-        if tree is None:
-            return {}
-        if not isinstance(tree, yaml.MappingNode):
-            line = tree.start_mark.line + 1
-            raise ConfigError(f"{path}:{line}: holds no sections; write, say, `training: {{learning_rate: 1e-5}}`")
-        values = OmegaConf.to_container(OmegaConf.create(text))
-    except yaml.MarkedYAMLError as error:
-        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-        problem = " ".join(filter(None, (error.context, error.problem)))
-        raise ConfigError(f"{path}{line}: not valid YAML: {problem}") from error
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
-    return _entries(tree, values, path)
+        top_level = _top_level(text, path)
+        base, line = top_level.pop("base", (None, 0))
+        if base is not None:
+            yield from _file_leaves(path.parent / _base_name(base, f"{path}:{line}"), (*chain, path.resolve()))
+        for section, (node, line) in top_level.items():
+            if section in sections() and isinstance(node, yaml.MappingNode):
+                for key, (leaf, leaf_line) in entries(node).items():
+                    yield f"{section}.{key}", leaf, f"{path}:{leaf_line}"
+            elif section not in sections() or not is_null(node):  # a section may have nothing in it
+                yield section, node, f"{path}:{line}"
+    except NotYamlError as error:
+        line = f":{error.line}" if error.line else ""
+        raise ConfigError(f"{path}{line}: not valid YAML: {error}") from error
 
 
-def _entries(tree: yaml.MappingNode, values: Mapping[Any, Any], path: Path) -> Entries:
-    entries = {}
-    for key_node, node in tree.value:
-        key, origin = key_node.value, f"{path}:{key_node.start_mark.line + 1}"
-        if key not in values:  # YAML reads it as a number or the like, or it is the merge key `<<`
-            raise ConfigError(f"{origin}: {key!r} is no name of a section or a field")
-        entries[key] = (values[key], node, origin)
-    return entries
+def _top_level(text: str, path: Path) -> dict[str, tuple[yaml.Node, int]]:
+    tree = parse_yaml(text)
+    if tree is None:
+        return {}
+    if not isinstance(tree, yaml.MappingNode):
+        line = tree.start_mark.line + 1
+        raise ConfigError(f"{path}:{line}: holds no sections; write, say, `training: {{learning_rate: 1e-5}}`")
+    return entries(tree)
 
 
-def _override_leaves(overrides: Iterable[str]) -> Iterator[tuple[str, Any, str]]:
-    for text in overrides:
-        key, equals, raw = text.partition("=")
+def _base_name(node: yaml.Node, origin: str) -> str:
+    try:
+        return to_value(node, str)
+    except ValueError as error:
+        raise ConfigError(f"{origin}: base = {source_of(node)}: give the path of a YAML file") from error
+
+
+def _override_leaves(overrides: Iterable[str]) -> Iterator[Leaf]:
+    for override in overrides:
+        key, equals, raw = override.partition("=")
         if not equals or not key:
-            remedy = f"write --config {text}" if text.endswith((".yaml", ".yml")) else "write section.field=value"
-            raise ConfigError(f"command line: {text!r} is no override; {remedy}")
+            remedy = (
+                f"write --config {override}" if override.endswith((".yaml", ".yml")) else "write section.field=value"
+            )
+            raise ConfigError(f"command line: {override!r} is no override; {remedy}")
         try:
-            value = OmegaConf.to_container(OmegaConf.create(f"value: {raw}"))["value"]
-        except (yaml.YAMLError, OmegaConfBaseException) as error:
-            raise ConfigError(f"command line: {text!r}: {raw!r} is not valid YAML") from error
-        yield key.strip(), value, "command line"
+            yield key.strip(), _override_value(key.strip(), raw), "command line"
+        except NotYamlError as error:
+            raise ConfigError(f"command line: {override!r}: {raw!r} is not valid YAML: {error}") from error
 
 
-def _refuse_removed(leaves: Iterable[tuple[str, Any, str]]) -> None:
+def _override_value(key: str, raw: str) -> yaml.Node:
+    """The value after `key=`. A text field takes it as it is, unless YAML's quotes are around it or it is null."""
+    if _field_types().get(key) is str and raw[:1] not in ("'", '"') and raw not in ("null", "~"):
+        return text_node(raw)
+    tree = parse_yaml(f"value: {raw}")
+    if not isinstance(tree, yaml.MappingNode) or len(tree.value) != 1:
+        raise NotYamlError("more than one value")
+    return tree.value[0][1]
+
+
+def _refuse_removed(leaves: Iterable[Leaf]) -> None:
     """Raise ConfigError for all fields of an older version at once: a saved config.yaml holds every one of them."""
     removed = [(key, origin) for key, _, origin in leaves if key in REMOVED]
     if removed:
@@ -167,29 +174,5 @@ def _check_name(key: str, origin: str) -> None:
         example = next(name for name in known if name.startswith(f"{key}."))
         raise ConfigError(f"{origin}: {key} is a section; give its fields, for example {example}")
     like = nearest(key, known)
-    remedy = f"did you mean {like!r}?" if like else "--help lists the keys"
+    remedy = f"did you mean {like!r}?" if like else "--help-config lists the fields"
     raise ConfigError(f"{origin}: unknown key {key!r}; {remedy}")
-
-
-def describe_fields() -> str:
-    """Every field with its default and doc, by section: the body of `--help`."""
-    lines = []
-    for section, cls in sections().items():
-        lines += ["", f"{section}: {(cls.__doc__ or '').strip()}"]
-        for field in dataclasses.fields(cls):
-            head = f"  {section}.{field.name} = {to_yaml_value(default_of(field))}"
-            doc = textwrap.wrap(describe_rules(field), width=100, initial_indent=" " * 6, subsequent_indent=" " * 6)
-            lines += [head, *doc]
-    return "\n".join(lines)
-
-
-def describe_rules(field: dataclasses.Field) -> str:
-    """A field's doc, with the values it may take where they are listed."""
-    choices = field.metadata.get("choices")
-    return field.metadata["doc"] + (f" ({', '.join(map(str, choices))})" if choices else "")
-
-
-def to_yaml_value(value: Any) -> str:
-    """A value as YAML writes it on one line: null, true, [a, b]."""
-    text = yaml.safe_dump(value, default_flow_style=True, width=10_000)
-    return text.removesuffix("\n").removesuffix("\n...")

@@ -121,6 +121,7 @@ def _rules_between(config: Config) -> list[Rule]:
         *_path_rules(config.paths),
         *_reward_rules("training.reward_fn", [config.training.reward_fn]),
         *_reward_rules("training.extra_rewards", config.training.extra_rewards),
+        *_stop_rules(config.training),
     ]
 
 
@@ -177,6 +178,29 @@ def _sampling_rules(t: Training) -> list[Rule]:
             "a system prompt is only read with a chat template; set use_chat_template, or empty it",
         ),
     ]
+
+
+# The text that a reward function looks for at the end of a response, where a stop string may cut it off.
+CLOSING_TEXTS = {
+    "r1_zero": "</answer>",
+    "r1_zero_lenient": "</answer>",
+    "question_only": "}",
+    "gsm8k": "</answer>",
+    "soft_xml_format": "</answer>",
+    "strict_xml_format": "</answer>",
+}
+
+
+def _stop_rules(t: Training) -> Iterator[Rule]:
+    for reward in (t.reward_fn, *t.extra_rewards):
+        closing = CLOSING_TEXTS.get(reward)
+        for stop in t.stop:
+            yield (
+                ("training.include_stop_str_in_output", "training.stop"),
+                not t.include_stop_str_in_output and closing is not None and (closing in stop or stop in closing),
+                f"the stop string {stop!r} would be cut off, and the reward function {reward} looks for {closing!r}; "
+                "set include_stop_str_in_output to true, or take that string out of stop",
+            )
 
 
 def _machine_rules(t: Training) -> list[Rule]:

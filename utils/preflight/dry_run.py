@@ -1,73 +1,111 @@
-"""The text of `--dry-run`: what a config comes to, told without loading anything."""
+"""The text of `--dry-run`: whether a config could start here, and what it comes to, without loading anything."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from configs.defaults import Config
 from utils.engines import choose_engine
 from utils.log.files import CONFIG_FILE, METRICS_FILE, ROLLOUTS_FILE, RUN_INFO_FILE, STATUS_FILE, WARNINGS_FILE
-from utils.preflight.config import to_dict, to_yaml_value
-from utils.preflight.obstacles import ASSUMED_GPU, ASSUMED_PROMPT, estimated_memory, gpu_memory, obstacles
+from utils.preflight.config import to_dict
+from utils.preflight.hub import is_cached
+from utils.preflight.machine import ASSUMED_GPU, estimated_memory, gpu_memory, host_memory
+from utils.preflight.model_files import bytes_to_fetch, is_local
+from utils.preflight.obstacles import obstacles
+from utils.preflight.prompt_lengths import LongestPrompt, longest_prompt
+from utils.preflight.yaml_values import to_yaml_value
+from utils.problems import notes_on_data, read_problems
 
-REMEDY = (
-    ": lower vllm.gpu_memory_utilization, take smaller microbatches (more gradient_accumulation_steps or fewer "
+LESS_MEMORY = (
+    "lower vllm.gpu_memory_utilization, take smaller microbatches (more gradient_accumulation_steps or fewer "
     "max_tokens_per_microbatch), set use_gradient_checkpointing and use_bnb_adamw8bit, or lower max_tokens"
 )
+GB = 1e9
 
 
-def describe_run(config: Config, resume: bool = False, allow_changes: bool = False) -> str:
-    """The text of `--dry-run`: the resolved config, what follows from it, and why it could not start as it is."""
-    missing = [f"  - {line}" for line in obstacles(config, resume, allow_changes)] or ["  nothing"]
-    return "\n".join(
-        [
-            "# resolved config",
-            *_config_lines(config),
-            "",
-            "# what follows",
-            *(f"  {name}: {value}" for name, value in consequences(config)),
-            "",
-            "# peak memory, estimated",
-            *(f"  {line}" for line in memory_lines(config)),
-            "",
-            "# files",
-            *(f"  {line}" for line in _files(config)),
-            "",
-            "# what keeps it from starting here",
-            *missing,
-        ]
+def show_dry_run(config: Config, resume: bool, allow_changes: bool, full: bool) -> bool:
+    """Print what `--dry-run` has to say; True if nothing that it can see keeps the run from starting."""
+    found = list(obstacles(config, resume, allow_changes))
+    print(describe_run(config, found, full))
+    return not found
+
+
+def describe_run(config: Config, found: Sequence[str] = (), full: bool = False) -> str:
+    """The text of `--dry-run`: the obstacles found, what is worth knowing, the config, and what follows from it.
+
+    Only fields that differ from their defaults are shown, unless `full`.
+    """
+    prompt = longest_prompt(config)
+    which = "every field" if full else "what differs from the defaults (--full shows every field)"
+    parts = {
+        "what keeps it from starting here": [f"- {line}" for line in found] or ["nothing"],
+        "worth knowing": [f"- {note}" for note in notes(config, prompt)],
+        f"config: {which}": list(_config_lines(config, full)) or ["nothing"],
+        "what follows": [f"{name}: {value}" for name, value in consequences(config, prompt)],
+        "peak memory, estimated": list(memory_lines(config, prompt)),
+        "files": list(_files(config)),
+    }
+    return "\n\n".join(
+        f"# {title}\n" + "\n".join(f"  {line}" for line in part) for title, part in parts.items() if part
     )
 
 
-def consequences(config: Config) -> Iterator[tuple[str, str]]:
+def notes(config: Config, prompt: LongestPrompt) -> Iterator[str]:
+    """What is allowed, and yet may not be what was meant."""
+    t, model_path = config.training, config.paths.model_path
+    if t.top_p < 1.0:
+        yield "the trainer's log-probs know nothing of top_p below 1: train/sampler_kl shows how far they are off"
+    if _optimizer_steps(config) > 1 and t.loss_type in ("no_baseline", "reinforce_with_baseline"):
+        yield f"{t.loss_type} does not correct for off-policy steps"
+    try:
+        train, _ = read_problems(config.paths.train_data_file)
+        validation, _ = read_problems(config.paths.val_data_file)
+        yield from notes_on_data(train, validation, t.rollout_batch_size // t.group_size)
+    except (ValueError, OSError):
+        pass  # told among the obstacles
+    if not is_local(model_path) and not is_cached(model_path):
+        size = bytes_to_fetch(model_path)
+        amount = "an unknown amount" if size is None else f"about {size / GB:.1f} GB"
+        yield f"{model_path} is not on this machine yet: {amount} to fetch from the hub"
+    yield from _memory_notes(config, prompt)
+
+
+def _memory_notes(config: Config, prompt: LongestPrompt) -> Iterator[str]:
+    try:
+        parts = estimated_memory(config, prompt.tokens)
+    except ValueError:
+        return  # `memory_lines` tells why
+    peak, (memory, whose) = _peak(parts), _memory(config)
+    if peak > memory:
+        yield f"it DOES NOT FIT: about {peak / GB:.1f} GB are needed of the {memory / GB:.1f} GB {whose}; {LESS_MEMORY}"
+
+
+def consequences(config: Config, prompt: LongestPrompt) -> Iterator[tuple[str, str]]:
     """(name, value) of the sizes that follow from the config."""
     t = config.training
-    optimizer_steps = t.epochs_per_rollout_batch * t.rollout_batch_size // t.train_batch_size
-    yield "prompts a GRPO step", f"{t.rollout_batch_size // t.group_size} (groups of {t.group_size})"
+    optimizer_steps = _optimizer_steps(config)
+    yield "prompts per GRPO step", f"{t.rollout_batch_size // t.group_size} (groups of {t.group_size})"
     yield "rollouts in all", f"{t.n_grpo_steps * t.rollout_batch_size:,}"
     policy = "on-policy" if optimizer_steps == 1 else "off-policy"
-    yield "optimizer steps a GRPO step", f"{optimizer_steps} ({policy})"
+    yield "optimizer steps per GRPO step", f"{optimizer_steps} ({policy})"
     yield "optimizer steps in all", f"{t.n_grpo_steps * optimizer_steps:,}"
     if t.max_tokens_per_microbatch is None:
         yield "microbatch", f"{t.microbatch_size} rollouts"
     else:
-        longest = t.max_tokens + (t.max_prompt_tokens or ASSUMED_PROMPT)
+        longest = t.max_tokens + prompt.tokens
         fit = max(1, min(t.train_batch_size, t.max_tokens_per_microbatch // longest))
-        yield (
-            "microbatch",
-            f"up to {t.max_tokens_per_microbatch:,} tokens: {fit} rollouts of {longest:,}, more if shorter",
-        )
+        size = f"up to {t.max_tokens_per_microbatch:,} tokens"
+        yield "microbatch", f"{size}: {fit} rollouts of {longest:,}, more if they are shorter"
+    yield "longest prompt", prompt.how
     yield "rollouts by", _engine(config)
-    yield "evaluations", _how_often(t.eval_interval, t.n_grpo_steps, "before training and after every {} steps")
-    yield "checkpoints", _how_often(t.checkpoint_interval, t.n_grpo_steps, "every {} steps, at a new best")
-    if t.top_p < 1.0:
-        yield (
-            "note",
-            "the trainer's log-probs know nothing of top_p below 1: train/sampler_kl shows how far they are off",
-        )
-    if optimizer_steps > 1 and t.loss_type in ("no_baseline", "reinforce_with_baseline"):
-        yield "note", f"{t.loss_type} does not correct for off-policy steps"
+    yield "evaluations", _how_often(t.eval_interval, "never", "before training and after every {} steps")
+    yield "checkpoints", _how_often(t.checkpoint_interval, "only at the end", "every {} steps, at a new best")
+
+
+def _optimizer_steps(config: Config) -> int:
+    t = config.training
+    return t.epochs_per_rollout_batch * t.rollout_batch_size // t.train_batch_size
 
 
 def _engine(config: Config) -> str:
@@ -84,23 +122,31 @@ def _engine(config: Config) -> str:
     return f"transformers (auto: {reason})"
 
 
-def memory_lines(config: Config) -> Iterator[str]:
-    """The estimate by part, and whether the GPU has it. Nothing is loaded but the model's config.json."""
+def memory_lines(config: Config, prompt: LongestPrompt) -> Iterator[str]:
+    """The estimate by part, and whether this machine has that much. Only the model's config.json is read."""
     try:
-        parts = estimated_memory(config)
+        parts = estimated_memory(config, prompt.tokens)
     except ValueError as error:
         yield f"unknown: {error}"
         return
     for name, size in parts.items():
-        yield f"{name.replace('_', ' '):15} {size / 1e9:8.2f} GB"
-    longest_prompt = config.training.max_prompt_tokens or ASSUMED_PROMPT
-    yield f"for sequences of {longest_prompt + config.training.max_tokens:,} tokens, {longest_prompt:,} of them prompt"
-    if config.training.device.startswith("cuda"):
-        memory, peak = gpu_memory() or ASSUMED_GPU, max(parts["rollout_peak"], parts["training_peak"])
-        card = f"{memory / 1e9:.1f} GB " + ("that the GPU has" if gpu_memory() else "assumed, as there is no GPU here")
-        yield f"{'fits into' if peak <= memory else 'DOES NOT FIT into'} the {card}" + (
-            "" if peak <= memory else REMEDY
-        )
+        yield f"{name.replace('_', ' '):15} {size / GB:8.2f} GB"
+    yield f"for sequences of {prompt.tokens + config.training.max_tokens:,} tokens, {prompt.tokens:,} of them prompt"
+    memory, whose = _memory(config)
+    verdict = "fits into" if _peak(parts) <= memory else "DOES NOT FIT into"
+    yield f"{verdict} the {memory / GB:.1f} GB {whose}"
+
+
+def _peak(parts: dict[str, int]) -> int:
+    return max(parts["rollout_peak"], parts["training_peak"])
+
+
+def _memory(config: Config) -> tuple[int, str]:
+    """Bytes of the memory that the policy trains in, and whose they are."""
+    if not config.training.device.startswith("cuda"):
+        return host_memory(), "that this machine has"
+    memory = gpu_memory()
+    return (ASSUMED_GPU, "assumed, as there is no GPU here") if memory is None else (memory, "that the GPU has")
 
 
 def _files(config: Config) -> Iterator[str]:
@@ -120,14 +166,15 @@ def _files(config: Config) -> Iterator[str]:
         yield f"writes {Path(p.output_dir) / name}"
 
 
-def _how_often(interval: int | None, n_steps: int, text: str) -> str:
-    if interval is None:
-        return "never" if "before" in text else "only at the end"
-    return text.format(interval) + " and at the end"
+def _how_often(interval: int | None, without: str, text: str) -> str:
+    return without if interval is None else text.format(interval) + " and at the end"
 
 
-def _config_lines(config: Config) -> Iterator[str]:
+def _config_lines(config: Config, full: bool) -> Iterator[str]:
+    defaults = to_dict(Config())
     for section, values in to_dict(config).items():
-        yield f"{section}:"
-        for name, value in values.items():
+        shown = {name: value for name, value in values.items() if full or value != defaults[section][name]}
+        if shown:
+            yield f"{section}:"
+        for name, value in shown.items():
             yield f"  {name}: {to_yaml_value(value)}"

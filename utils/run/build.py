@@ -15,9 +15,17 @@ from utils.engines import build_engine
 from utils.log.files import CONFIG_FILE, save_run_info
 from utils.log.output import claimed
 from utils.log.run_log import RunLog
-from utils.preflight.config import ConfigError, save_config, to_dict
+from utils.preflight.config import save_config, to_dict
+from utils.preflight.config_rules import ConfigError
 from utils.preflight.obstacles import output_obstacles, refuse
-from utils.problems import ProblemStream, build_prompts, fixed_subset, load_problems, load_template
+from utils.problems import (
+    ProblemStream,
+    build_prompts,
+    fixed_subset,
+    load_problems,
+    load_template,
+    notes_on_data,
+)
 from utils.records import Prompt, RolloutEngine
 from utils.rewards.functions import RewardScorer
 from utils.rewards.grader import Grader
@@ -55,6 +63,8 @@ def assemble(
     tokenizer = load_tokenizer(model_path)
     train_prompts, notes = load_prompts(config, config.paths.train_data_file, tokenizer)
     validation_prompts, more_notes = load_prompts(config, config.paths.val_data_file, tokenizer)
+    problem_sets = [[prompt.problem for prompt in prompts] for prompts in (train_prompts, validation_prompts)]
+    more_notes += notes_on_data(*problem_sets, prompts_per_step=t.rollout_batch_size // t.group_size)
     longest_prompt = max(len(prompt.token_ids) for prompt in (*train_prompts, *validation_prompts))
     policy, optimizer, engine = build_learner(config, model_path, tokenizer, longest_prompt)
     stop_request.install()  # vLLM and others may have put handlers of their own in place

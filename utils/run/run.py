@@ -18,7 +18,7 @@ from utils.algorithm.losses import zero_std_groups
 from utils.algorithm.statistics import UpdateResult
 from utils.log.run_log import RunLog
 from utils.plots.figures import reward_curve
-from utils.preflight.obstacles import estimated_memory
+from utils.preflight.machine import estimated_memory
 from utils.problems import ProblemStream
 from utils.records import Prompt, Reward, Rollout, RolloutEngine
 from utils.rewards.functions import RewardScorer

@@ -1,0 +1,56 @@
+"""What this machine has, asked without torch, and what a run would take of its memory."""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+from pathlib import Path
+
+from configs.defaults import Config
+from utils.engines import choose_engine
+from utils.preflight.memory_estimate import estimate_peak_memory
+from utils.preflight.model_files import model_config
+
+# One of these exists wherever the NVIDIA driver does; asking torch would take seconds to import it. dxg is WSL's.
+GPU_FILES = ("/dev/nvidiactl", "/dev/nvidia0", "/proc/driver/nvidia/version", "/dev/dxg")
+# A container's limit, version 2 and version 1.
+MEMORY_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+ASSUMED_GPU = 24 * 10**9  # bytes, if there is no card to ask
+ASSUMED_PROMPT = 512  # tokens, if neither training.max_prompt_tokens nor the data tells
+
+
+def has_gpu() -> bool:
+    """True if there is an NVIDIA driver."""
+    return any(Path(file).exists() for file in GPU_FILES)
+
+
+@functools.cache
+def gpu_memory() -> int | None:
+    """Bytes of memory that the first GPU has, as the driver's tool says; None if there is no GPU or no such tool."""
+    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        listed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout
+        return int(listed.splitlines()[0]) * 2**20
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):  # some cards answer "[N/A]"
+        return None
+
+
+def host_memory() -> int:
+    """Bytes of memory that this machine has, or that the container which we are in may take."""
+    amounts = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for file in map(Path, MEMORY_LIMITS):
+        text = file.read_text().strip() if file.is_file() else ""
+        if text.isdigit():  # "max" is no limit
+            amounts.append(int(text))
+    return min(amounts)
+
+
+def estimated_memory(config: Config, longest_prompt: int | None = None) -> dict[str, int]:
+    """`estimate_peak_memory` on this machine, bytes by part. Raises ValueError if it cannot be estimated."""
+    t, sizes = config.training, model_config(config.paths.model_path)
+    if sizes is None:
+        raise ValueError(f"{config.paths.model_path} is not on this machine, so its config.json cannot be read")
+    longest_sequence = t.max_tokens + (longest_prompt or t.max_prompt_tokens or ASSUMED_PROMPT)
+    device_memory = (gpu_memory() or ASSUMED_GPU) if t.device.startswith("cuda") else None
+    return estimate_peak_memory(sizes, config, longest_sequence, device_memory, choose_engine(config) == "vllm")

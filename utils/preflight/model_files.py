@@ -1,0 +1,74 @@
+"""What a model's small files say of it, in its folder or in the hub's cache. No weights are read."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from utils.preflight.hub import cached_file
+from utils.preflight.memory_estimate import BYTES, count_parameters
+from utils.problems import parse_json
+
+CHAT_TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
+CONTEXT_NAMES = ("max_position_embeddings", "n_positions")  # GPT-2 calls it n_positions
+SIZE_IN_NAME = re.compile(r"(?<![\d.])(\d+(?:\.\d+)?)\s*([bm])(?![a-z])", re.IGNORECASE)  # 1.5B, 360M
+
+
+def is_local(model_path: str) -> bool:
+    """True if the model path is a folder here. `owner/name` is a name on the hub unless a folder `owner` exists: then
+    it is a folder's name with a slip in it, such as `data/tiny_modle`."""
+    path = Path(model_path)
+    beside_others = len(path.parts) == 2 and path.parent.is_dir()
+    return model_path.startswith((".", "/", "~")) or model_path.count("/") > 1 or path.exists() or beside_others
+
+
+def model_file(model_path: str, name: str) -> Path | None:
+    """A file of the model, from its folder or from the hub's cache; None if it is in neither."""
+    if not is_local(model_path):
+        return cached_file(model_path, name)
+    file = Path(model_path) / name
+    return file if file.is_file() else None
+
+
+def model_config(model_path: str) -> dict[str, Any] | None:
+    """The model's config.json, None if it is not on this machine. Raises ValueError if it is not a JSON object."""
+    return _json_object(model_file(model_path, "config.json"))
+
+
+def context_of(model_config: dict[str, Any]) -> int | None:
+    """Tokens that the model's positions allow, prompt and response together; None if its config does not say."""
+    sizes = model_config.get("text_config") or model_config
+    return next((sizes[name] for name in CONTEXT_NAMES if isinstance(sizes.get(name), int)), None)
+
+
+def lacks_chat_template(model_path: str) -> bool:
+    """True if the model's tokenizer is on this machine and has no chat template. Raises ValueError for broken JSON."""
+    tokenizer = _json_object(model_file(model_path, "tokenizer_config.json"))
+    if tokenizer is None or tokenizer.get("chat_template"):
+        return False
+    return not any(model_file(model_path, name) for name in CHAT_TEMPLATE_FILES)
+
+
+def bytes_to_fetch(model_path: str) -> int | None:
+    """About how many bytes a hub model's weights have, by its config.json or else by its name; None if unknown."""
+    sizes = model_config(model_path)
+    if sizes is not None:
+        try:
+            dtype = sizes.get("dtype") or sizes.get("torch_dtype")
+            return count_parameters(sizes)["total"] * BYTES.get(dtype, 2)
+        except ValueError:
+            return None
+    in_name = SIZE_IN_NAME.search(model_path.rpartition("/")[2])
+    if in_name is None:
+        return None
+    return int(float(in_name[1]) * {"b": 10**9, "m": 10**6}[in_name[2].lower()]) * 2  # nearly all are in 16 bits
+
+
+def _json_object(file: Path | None) -> dict[str, Any] | None:
+    if file is None:
+        return None
+    content = parse_json(file.read_bytes(), str(file))
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: expected a JSON object, not {type(content).__name__}")
+    return content
