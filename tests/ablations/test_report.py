@@ -92,6 +92,11 @@ def test_a_report_is_drawn_again_from_its_csv(tmp_path: Path) -> None:
     assert {name: (out / name).read_bytes() for name in names} == first
     assert b"collapsed 1, finished 2" in first["README.md"]
     assert command_of(out / "nothing.md") is None
+    damaged = (out / "metrics.csv").read_text() + "without_std,3,eval/reward,9,,,oops\n"
+    (out / "metrics.csv").write_text(damaged)
+    (complaint,) = write_report(out / "metrics.csv", out, "tiny/std_dev", "python run.py --seeds 3")
+    assert "oops" in complaint
+    assert (out / "metrics.csv").read_text() == damaged  # what cannot be read is not thrown away
 
 
 def test_paired_t_tests_by_hand() -> None:
