@@ -140,7 +140,7 @@ def _mark_end(axes: Axes, run: Run, metric: str, x: XAxis, look: Look) -> None:
 
 
 def _choose_scale(axes: Axes, metric: str, drawn: Drawn) -> None:
-    """By decades if a BY_DECADES metric spans several; from 0 for rewards and for what comes near 0.
+    """By decades if a BY_DECADES metric spans several; from 0 for rewards and for what comes near 0, if none is below.
 
     Every other scale spans LEAST_SPAN of the curves' level. If the curves, over all steps, differ by less than their
     noise, it also spans NOISE_SPAN times the noise: a close fit would make the noise look like a difference.
@@ -149,12 +149,13 @@ def _choose_scale(axes: Axes, metric: str, drawn: Drawn) -> None:
         return
     low, high = min(drawn.levels), max(drawn.levels)
     bottom, top = axes.dataLim.y0, axes.dataLim.y1
+    middle, span = (bottom + top) / 2, max(1.1 * (top - bottom), LEAST_SPAN * abs(low + high) / 2) or 1.0
+    if high - low < drawn.noise:
+        span = max(span, NOISE_SPAN * drawn.noise)
+    near_zero = metric.endswith("reward") or low < high / 2 or middle < span / 2
     if metric.endswith(BY_DECADES) and low > 0 and high > 30 * low:
         axes.set_yscale("log")
-    elif low >= 0 and (metric.endswith("reward") or low < high / 2):
+    elif bottom >= 0 and near_zero:
         axes.set_ylim(0, 1.05 * top or 1)
     else:
-        span = max(1.1 * (top - bottom), LEAST_SPAN * abs(low + high) / 2)
-        span = (max(span, NOISE_SPAN * drawn.noise) if high - low < drawn.noise else span) or 1.0
-        middle = (bottom + top) / 2
-        axes.set_ylim(max(0, middle - span / 2) if bottom >= 0 else middle - span / 2, middle + span / 2)
+        axes.set_ylim(middle - span / 2, middle + span / 2)
