@@ -162,7 +162,7 @@ class Grader:
     """The processes that decide whether two answers are equal."""
 
     workers: int = option(2, "worker processes", low=1)
-    time_limit: float = option(1.0, "seconds that one answer may take", above=0.0)
+    time_limit: float = option(1.0, "seconds of processor time that one answer may take", above=0.0)
     memory_limit_mb: int = option(450, "memory that one worker may take, MiB", low=200)
 
 
