@@ -50,7 +50,7 @@ def train(run: Run) -> Status:
             return ending
 
         meter.start()
-        seed = derive_seed(t.seed, "rollouts", run.state.grpo_step)
+        seed = derive_seed(t.seed, "rollouts", run.state.steps_done)
         prompts = learner.problem_stream.draw(t.rollout_batch_size // t.group_size)
         with meter.phase("rollout"):
             rollouts = learner.engine.generate(prompts, n=t.group_size, seed=seed, should_stop=run.should_stop)
@@ -63,7 +63,7 @@ def train(run: Run) -> Status:
         rewards = torch.tensor([reward.total for reward in scored])
         batch = make_train_batch(rollouts, rewards, compute_advantages(rewards, t), pad_id_of(learner.tokenizer))
         with meter.phase("train"):
-            update = update_policy(learner.policy, learner.optimizer, batch, t, run.state.grpo_step, run.should_stop)
+            update = update_policy(learner.policy, learner.optimizer, batch, t, run.state.steps_done, run.should_stop)
         if update.abandoned:  # asked to stop: the state is still that of the last whole step
             continue
         with meter.phase("push"):

@@ -194,7 +194,7 @@ class Training:
 
     @property
     def microbatch_size(self) -> int:
-        """Rollouts per microbatch, if no token budget cuts it."""
+        """Rollouts per microbatch if no token budget cuts it."""
         return self.train_batch_size // self.gradient_accumulation_steps
 
     @property
@@ -236,7 +236,7 @@ class Grader:
     """The processes that decide whether two answers are equal."""
 
     workers: int = option(2, "number of processes that grade answers", low=1)
-    time_limit: float = option(1.0, "seconds that grading one answer may take", above=0.0)
+    time_limit: float = option(1.0, "seconds of processor time that grading one answer may take", above=0.0)
     memory_limit_mb: int = option(450, "memory that one grading process may take, MiB", low=200)
 
 

@@ -1,15 +1,17 @@
-"""Run folders of configs, a run a file and seed, and write a report of each: what is missing is run, nothing twice.
+"""Run folders of configs, one run per file and seed, and write a report of each folder.
 
     python play-scripts/run_ablations.py configs/lr_sweep --overlay configs/hardware/h100.yaml --seeds 3
     python play-scripts/run_ablations.py configs/tiny --seeds 3 --jobs 2
+    python play-scripts/run_ablations.py configs/tiny --redraw     from results/*/metrics.csv, with no run folder
 
 A run goes to <runs>/<folder>/<its file>/seed_<n>, with its output in console.log; the report to <results>/<folder>.
-Finished runs are skipped, runs that were cut off or failed go on from their last checkpoint, and one that fails stops
-no other. The guard stops collapsed runs (guard.action=warn lets them go on). Runs of different folders that have the
-same config are run once and copied. Ctrl-C ends the runs after the work at hand and a save; the same command goes on.
-Of a folder that holds folders of configs, all of those are run.
+Finished runs are skipped. Runs that were cut off or failed go on from their last checkpoint. A run that fails does not
+stop the others. The guard stops collapsed runs (guard.action=warn lets them go on). Runs of different folders that have
+the same config are run once and copied. Ctrl-C ends the runs after the work at hand and a save; the same command goes
+on. If a folder holds folders of configs, all of those are run. Reports of your own folders are not listed in
+<results>/README.md, which is for the ablations of this repository.
 
-Exit status: 0 every run has ended, collapsed perhaps; 1 some have not; 2 a mistake in what was asked for; 4 stopped.
+Exit status: 0 every run has ended, perhaps collapsed; 1 some have not; 2 a mistake in what was asked for; 4 stopped.
 """
 
 from __future__ import annotations
@@ -33,10 +35,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from utils.ablations.jobs import ENDED, Job, copy, find_topics, finish, plan, progress_of, start
-from utils.ablations.report import write_report, write_top_page
+from utils.ablations.report import command_of, write_report, write_top_page
 from utils.plots.summary import format_time
 from utils.run.ending import SignalHandler, Status
 
+POLL_SECONDS = 0.1
 FRAME = 7  # lines of the table that are no rows: borders, header, captions
 STYLES = {"failed": "red", "collapsed": "yellow", "running": "dim"}
 
@@ -64,12 +67,12 @@ def run_all(jobs: Sequence[Job], at_once: int, stop: Stop, console: Console) -> 
     live = Live(console=console, refresh_per_second=2) if console.is_terminal else contextlib.nullcontext()
     try:
         with live:
-            going = True
-            while going:
-                going = advance(jobs, at_once, stop, console)
+            unfinished = True
+            while unfinished:
+                unfinished = advance(jobs, at_once, stop, console)
                 if console.is_terminal:
                     live.update(table(jobs, at_once, stop, console.height - FRAME))
-                time.sleep(0.3)
+                time.sleep(POLL_SECONDS)
     finally:  # an error in this process leaves none of the others behind
         for job in jobs:
             if job.state == "running":
@@ -100,9 +103,7 @@ def announce(console: Console, job: Job) -> None:
 
 
 def table(jobs: Sequence[Job], at_once: int, stop: Stop, n_rows: int) -> Table:
-    """The runs that are running, then those that have ended, as far as rows last; below, how many there are and how
-    long all will take.
-    """
+    """The runs that are running, then those that have ended, in at most `n_rows`; below, counts and the time left."""
     running = [(job, progress_of(job)) for job in jobs if job.state == "running"]
     ended = [job for job in jobs if job.state not in ("waiting", "running")]
     n_hidden = max(0, min(len(ended), len(running) + len(ended) - n_rows))
@@ -128,11 +129,14 @@ def table(jobs: Sequence[Job], at_once: int, stop: Stop, n_rows: int) -> Table:
 
 
 def report(options: argparse.Namespace, topics: dict[str, Path], console: Console) -> None:
-    """Write the page of every folder, and the top page; what is missing or damaged is named."""
+    """Write the page of every folder, and the top page. What is missing or damaged is named."""
     for topic, folder in topics.items():
         results = Path(options.results) / topic
+        source, command = Path(options.runs) / topic, command_for(options, folder)
+        if options.redraw:
+            source, command = results / "metrics.csv", command_of(results / "README.md") or command
         try:
-            complaints = write_report(Path(options.runs) / topic, results, topic, command_for(options, folder))
+            complaints = write_report(source, results, topic, command)
         except ValueError as error:
             complaints = [f"{topic}: no report: {error}"]
         else:
@@ -157,12 +161,13 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("words", nargs="+", metavar="FOLDER", help="folder of configs, or of such folders; then section.field=value")
-    add("--seeds", type=int, default=1, metavar="N", help="seeds a config, counted up from its own (1)")
+    add("--seeds", type=int, default=1, metavar="N", help="seeds per config, counted up from its own (1)")
     add("--overlay", action="append", default=[], metavar="FILE", help="YAML file that wins over the configs")
     add("--jobs", type=int, default=1, metavar="N", help="runs at once (1)")
     add("--runs", default="runs", metavar="FOLDER", help="where runs go (runs)")
     add("--results", default="results", metavar="FOLDER", help="where reports go (results)")
-    add("--report-only", action="store_true", help="run nothing: write the reports of what is there")
+    add("--report-only", action="store_true", help="run nothing: write the reports of the runs so far")
+    add("--redraw", action="store_true", help="run nothing: write the reports again from their metrics.csv")
     options = parser.parse_intermixed_args(arguments)
     options.folders = [word for word in options.words if "=" not in word]
     options.overrides = [word for word in options.words if "=" in word]
@@ -179,15 +184,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(highlight=False)
     try:
         topics = find_topics(options.folders)
-        jobs = [] if options.report_only else plan(
+        jobs = [] if options.report_only or options.redraw else plan(
             topics, options.seeds, options.overlay, options.overrides, Path(options.runs)
         )  # fmt: skip
     except ValueError as mistake:
         print(f"error: {mistake}", file=sys.stderr)
         return Status.USER_MISTAKE
-    n_there = sum(job.state in ENDED for job in jobs)
-    if n_there:
-        console.print(f"{n_there} of {len(jobs)} runs are there already")
+    n_ended = sum(job.state in ENDED for job in jobs)
+    if n_ended:
+        console.print(f"{n_ended} of {len(jobs)} runs have ended already")
     with Stop() as stop:
         run_all(jobs, options.jobs, stop, console)
     if stop.count:

@@ -3,8 +3,8 @@
     python play-scripts/summarize_runs.py runs/lr_sweep
 
 A source is a run folder, a folder of run folders (`<run>/` or `<run>/seed_<n>/`), a long CSV (run_name, metric, step,
-value), or `wandb:entity/project`. What is missing or damaged is named, and the rest is shown. `×` marks settings with a
-seed that collapsed: it counts with its last evaluation alone.
+value), or `wandb:entity/project`. Pictures are skipped. What is missing or damaged is named, and the rest is shown. `×`
+marks settings with a seed that collapsed: it counts with its last evaluation alone.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ def main() -> int:
         complaints.append(f"--metric {arguments.metric}: no run has it; they have {', '.join(known)}")
         runs = []
     summaries, missing = summarize(runs, arguments.metric)
+    if not summaries and not complaints:
+        complaints = [f"no run in {', '.join(arguments.sources)}"]
     for complaint in complaints + missing:
         print(complaint, file=sys.stderr)
     if arguments.markdown:
@@ -42,7 +44,7 @@ def main() -> int:
         table = Table(*HEADER, title=arguments.metric)
         for summary in summaries:
             table.add_row(*summary.cells())
-        # a file or a pipe has no edge to cut names at
+        # a file or a pipe is not cut off at its edge
         Console(highlight=False, width=None if sys.stdout.isatty() else WIDEST).print(table)
     return 0 if summaries else 2
 

@@ -35,7 +35,8 @@ class Rollout:
 
     `response_ids` holds the end id where one was sampled; `sampler_log_probs` (same length, nats) are those of the
     distribution that was sampled from, temperature and top-p applied. `finish_reason` is "stop" (end id or stop string)
-    or "length" (ran into max_tokens).
+    or "length" (ran into max_tokens). `n_end_tokens` counts the end ids and the tokenizer's other special tokens, which
+    the text never shows.
     """
 
     prompt: Prompt
@@ -43,6 +44,7 @@ class Rollout:
     response_ids: tuple[int, ...]
     sampler_log_probs: tuple[float, ...]
     finish_reason: str
+    n_end_tokens: int = 0
 
     @property
     def truncated(self) -> bool:

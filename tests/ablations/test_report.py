@@ -1,4 +1,4 @@
-"""The page of an ablation, from fabricated runs: its numbers worked by hand, its sentences, its published claims."""
+"""The page of an ablation, from fabricated runs: numbers worked by hand, published claims, and the page drawn again."""
 
 from __future__ import annotations
 
@@ -8,23 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from utils.ablations.published import ABLATIONS, Claim, find_ablation
-from utils.ablations.report import (
-    check,
-    differences,
-    direction,
-    ending_sentence,
-    published_parts,
-    sentences,
-    write_report,
-    write_top_page,
-)
-from utils.log.metrics import METRICS
+from utils.ablations.compare import check, differences, direction, judged
+from utils.ablations.published import Claim, find_ablation
+from utils.ablations.report import command_of, differences_parts, published_parts, write_report, write_top_page
 from utils.plots.history import Run, load_runs
 from utils.plots.summary import summarize
-from utils.preflight.config import load_config
-
-ROOT = Path(__file__).parents[2]
 
 
 def write_run(
@@ -66,16 +54,19 @@ def test_the_page_by_hand(tmp_path: Path) -> None:
         "# tiny/std_dev\n\nShould advantages be divided by the standard deviation of their group?",
         "| with_std | 2 | 0.900 ± 0.000 | 0.750 ± 0.050 | 6 | 60 s | finished 2 |",
         "| without_std | 2 | 0.900 ± 0.000 | 0.540 ± 0.040 | 6 | 60 s | finished 2 |",
-        "`with_std` ends highest, at 0.750 ± 0.050; `without_std` ends lowest, at 0.540 ± 0.040. No run was stopped as",
+        "Highest at the end: `with_std`, 0.750 ± 0.050. Collapsed: none.",
+        # ends less 0.2, the first evaluations; t = 11 and 8.5, within 12.706; 0.21 / 0.01 = 21 is beyond
+        "| with_std | 0.55 ± 0.05 |  |",
+        "| without_std | 0.34 ± 0.04 | -0.21 ± 0.01 \\* |",
         "0.72 with the division, 0.65 without",
         "| with the division reward ends higher | **yes**: 0.75 against 0.54, difference 0.21 ± 0.01 |",
         "| without it gradient norms are lower | **cannot be told apart**: 0.5 against 0.5, difference 0 ± 0.1 |",
-        "| run | `train/mean_response_length` | `train/entropy` | `train/grad_norm` |",
-        "| with_std | – | – | 0.5 ± 0.1 |",
+        "| run | `train/reward` | `train/mean_response_length` | `train/entropy` | `train/grad_norm` |",
+        "| with_std | – | – | – | 0.5 ± 0.1 |",
         "as the config is the same: `with_std` is the run `tiny/lr_sweep/3e-4`, `without_std` is the run",
-        "judged seed by seed, by a paired t-test at 5 %, two-sided",
+        "a paired t-test",
         "```bash\npython run.py --seeds 2\n```",
-        "![eval/reward, train/mean_response_length, train/entropy, train/grad_norm over GRPO steps](figure.png)",
+        "train/entropy, train/grad_norm over GRPO steps](figure.png)",
     ):
         assert text in page
     assert str(tmp_path) not in page
@@ -83,6 +74,29 @@ def test_the_page_by_hand(tmp_path: Path) -> None:
     (again, *_), _ = load_runs([tmp_path / "out" / "metrics.csv"])
     assert (again.name, again.seed, sorted(again.curves)) == ("with_std", 1, ["eval/reward", "train/grad_norm"])
     assert again.curves["eval/reward"][1].value == 0.9
+    title = (tmp_path / "out" / "figure.svg").read_text()
+    assert "tiny/std_dev: Should advantages be divided" in title
+
+
+def test_a_report_is_drawn_again_from_its_csv(tmp_path: Path) -> None:
+    std_dev_runs(tmp_path / "runs")
+    write_run(tmp_path / "runs" / "without_std" / "seed_3", [0.2, 0.3], [0.5], ending="collapsed")
+    out = tmp_path / "out"
+    write_report(tmp_path / "runs", out, "tiny/std_dev", "python run.py --seeds 3")
+    names = ("README.md", "figure.png", "figure.svg", "metrics.csv", "endings.csv")
+    first = {name: (out / name).read_bytes() for name in names}
+    for name in ("figure.png", "figure.svg"):
+        (out / name).unlink()
+    assert command_of(out / "README.md") == "python run.py --seeds 3"
+    assert write_report(out / "metrics.csv", out, "tiny/std_dev", "python run.py --seeds 3") == []
+    assert {name: (out / name).read_bytes() for name in names} == first
+    assert b"collapsed 1, finished 2" in first["README.md"]
+    assert command_of(out / "nothing.md") is None
+    damaged = (out / "metrics.csv").read_text() + "without_std,3,eval/reward,9,,,oops\n"
+    (out / "metrics.csv").write_text(damaged)
+    (complaint,) = write_report(out / "metrics.csv", out, "tiny/std_dev", "python run.py --seeds 3")
+    assert "oops" in complaint
+    assert (out / "metrics.csv").read_text() == damaged  # what cannot be read is not thrown away
 
 
 def test_paired_t_tests_by_hand() -> None:
@@ -97,27 +111,32 @@ def test_paired_t_tests_by_hand() -> None:
     assert direction([0.05, 0.058]) == 1  # 0.054 / 0.004 = 13.5
     assert direction([0.0, 0.0, 0.0]) == 0
     assert [direction(few) for few in ([], [0.3])] == [None, None]
-    # 41 differences of mean 1, half of them 1 + d, half 1 - d, one 1: standard error d / sqrt 41, judged by 2.262
-    assert [direction([1.0, *[1.0 + d, 1.0 - d] * 20]) for d in (2.7, 2.9)] == [1, 0]
+    # 41 differences of mean 1, half of them 1 + d, half 1 - d, one 1: standard error d / sqrt 41, t = 6.403 / d; the
+    # table's 5 % point for 40 degrees of freedom is 2.021, so that d is significant up to 3.168
+    assert [direction([1.0, *[1.0 + d, 1.0 - d] * 20]) for d in (3.15, 3.18)] == [1, 0]
+    assert [judged([0.05, 0.058]), judged([0.05, 0.06]), judged([0.3]), judged([])] == [
+        "0.054 ± 0.004 \\*", "0.055 ± 0.005", "0.3", "–"
+    ]  # fmt: skip
 
 
-def test_sentences_say_who_collapsed_and_who_never_rose(tmp_path: Path) -> None:
+def test_the_differences_say_who_collapsed_and_who_rose(tmp_path: Path) -> None:
     for seed, shift, uneven in ((1, 0.0, 0.01), (2, 0.02, -0.01), (3, 0.01, 0.03)):
         write_run(tmp_path / "1e-4" / f"seed_{seed}", [0.2, *[0.61 + shift - uneven] * 5])
         write_run(tmp_path / "3e-4" / f"seed_{seed}", [0.2, *[0.61 + shift] * 5])
         write_run(tmp_path / "1e-5" / f"seed_{seed}", [0.2, *[0.2 + uneven] * 5])
-        write_run(tmp_path / "3e-6" / f"seed_{seed}", [0.2, *[0.19 - uneven] * 5])
-        write_run(tmp_path / "3e-5" / f"seed_{seed}", [0.2, *[0.29 + uneven] * 5])
-        write_run(tmp_path / "1e-3" / f"seed_{seed}", [0.2, *[0.9] * 4, 0.1 * seed], ending="collapsed")
+        write_run(tmp_path / "1e-3" / f"seed_{seed}", [0.2, *[0.9] * 4, 0.1 * seed + 0.01], ending="collapsed")
     runs = runs_in(tmp_path)
-    assert sentences(runs, summarize(runs)[0]) == [
-        # differences from 1e-4: 0.01, -0.01, 0.03, their mean 0.01 ± 0.0115; from 1e-3, of which the last evaluation
-        # counts: 0.51, 0.43, 0.32, 0.42 ± 0.055, t = 7.6; 3e-6 ends at 0.18, 0.20, 0.16
-        "`3e-4` ends highest, at 0.620 ± 0.006, from which `1e-4` cannot be told apart; `3e-6` ends lowest, at "
-        "0.180 ± 0.012.",
-        # the gains: 1e-5 0.01, -0.01, 0.03; 3e-6 -0.01 less those; 3e-5 0.09 more than 1e-5, 0.1 ± 0.0115, t = 8.7
-        "Stopped as collapsed: `1e-3` in 3 of 3 seeds; `3e-6` did not end above the first evaluation; `1e-5` cannot be "
-        "told to have risen above the first evaluation.",
+    text, table, _ = differences_parts(runs, summarize(runs)[0])
+    assert text == (
+        "Highest at the end: `3e-4`, 0.620 ± 0.006. Not told apart from it: `1e-4`. Collapsed: `1e-3` (3 of 3 seeds)."
+    )
+    # 1e-5 less 3e-4: -0.40, -0.44, -0.39, deviations 0.01, -0.03, 0.02, standard error 0.02646 / sqrt 3 = 0.0153
+    # of 1e-3 the last evaluation counts, 0.11, 0.21, 0.31; its differences from 3e-4 are -0.50, -0.42, -0.31, t = 7.4
+    assert table.splitlines()[2:] == [
+        "| 1e-5 | 0.01 ± 0.0115 | -0.41 ± 0.0153 \\* |",
+        "| 1e-4 | 0.41 ± 0.0153 \\* | -0.01 ± 0.0115 |",
+        "| 3e-4 | 0.42 ± 0.00577 \\* |  |",
+        "| 1e-3 | 0.01 ± 0.0577 | -0.41 ± 0.0551 \\* |",
     ]
     settings = {name: [run for run in runs if run.name == name] for name in ("1e-3", "1e-4", "3e-4")}
     verdicts = [check(claim, settings) for claim in find_ablation("tiny/lr_sweep").claims]
@@ -143,16 +162,18 @@ def test_claims_the_other_way_round_and_equal(tmp_path: Path) -> None:
     std_dev_runs(tmp_path)
     settings = {name: [run for run in runs_in(tmp_path) if run.name == name] for name in ("with_std", "without_std")}
     reward = "0.54 against 0.75, difference -0.21 ± 0.01"
-    assert check(Claim("", "without_std", ">", "with_std"), settings) == f"**no**: {reward}"
-    assert check(Claim("", "without_std", "=", "with_std"), settings) == f"**no**: {reward}"
-    noise = check(Claim("", "with_std", "=", "without_std", "train/grad_norm"), settings)
+    assert check(Claim("", "without_std", "above", "with_std"), settings) == f"**no**: {reward}"
+    assert check(Claim("", "without_std", "equals", "with_std"), settings) == f"**no**: {reward}"
+    noise = check(Claim("", "with_std", "equals", "without_std", "train/grad_norm"), settings)
     assert noise == "**cannot be told apart**: 0.5 against 0.5, difference 0 ± 0.1"
     settings["twin"] = settings["with_std"]
-    assert check(Claim("", "with_std", "=", "twin"), settings) == "**yes**, equal in every seed: 0.75 against 0.75"
+    assert check(Claim("", "with_std", "equals", "twin"), settings) == (
+        "**yes**, equal in every seed: 0.75 against 0.75, difference 0 ± 0"
+    )
     settings["others"] = [replace(run, seed=run.seed + 5) for run in settings["with_std"]]
-    assert check(Claim("", "with_std", ">", "others"), settings) == "**not to be judged**: no seed in common"
+    assert check(Claim("", "with_std", "above", "others"), settings) == "**not judged**: no seed in common"
     assert check(Claim("", "with_std", "collapses"), settings) == "**no**: 0 of 2 seeds"
-    assert check(Claim("", "with_std", ">", "without_std", "train/entropy"), settings) is None
+    assert check(Claim("", "with_std", "above", "without_std", "train/entropy"), settings) is None
 
 
 def test_what_was_expected_but_not_published_is_judged_too(tmp_path: Path) -> None:
@@ -161,32 +182,22 @@ def test_what_was_expected_but_not_published_is_judged_too(tmp_path: Path) -> No
         write_run(tmp_path / "bfloat16_1e-5" / f"seed_{seed}", [0.4, *[0.6 - gap] * 5])
     table, note = published_parts(find_ablation("tiny/precision"), runs_in(tmp_path))
     assert table == (
-        "| expected | here |\n|---|---|\n"
+        "| expected | here |\n| --- | --- |\n"
         "| at 1e-5 float32 ends above bfloat16 | **yes**: 0.6 against 0.495, difference 0.105 ± 0.005 |"
     )
     assert "half its spacing" in note
-
-
-def test_a_tie_has_no_lowest(tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        write_run(tmp_path / name, [0.2, 0.5])
-    runs = runs_in(tmp_path)
-    assert sentences(runs, summarize(runs)[0])[0].startswith("`a` ends highest, at 0.350; with fewer than two seeds")
 
 
 def test_one_seed_is_not_judged(tmp_path: Path) -> None:
     write_run(tmp_path / "with_std", [0.2, 0.8])
     write_run(tmp_path / "without_std", [0.2, 0.1])
     runs = runs_in(tmp_path)
-    first, second = sentences(runs, summarize(runs)[0])
-    assert first == (
-        "`with_std` ends highest, at 0.500; `without_std` ends lowest, at 0.150; with fewer than two seeds in common, "
-        "`without_std` cannot be judged against it."
-    )
-    assert second == "No run was stopped as collapsed."
+    text, table, _ = differences_parts(runs, summarize(runs)[0])
+    assert text == "Highest at the end: `with_std`, 0.500. Collapsed: none."
+    assert "| without_std | -0.05 | -0.35 |" in table
     (claim, _) = find_ablation("std_dev").claims
     verdict = check(claim, {run.name: [run] for run in runs})
-    assert verdict == "**not to be judged**, one seed: 0.5 against 0.15"
+    assert verdict == "**not judged**, one seed: 0.5 against 0.15, difference 0.35"
 
 
 def test_what_is_missing_or_damaged_is_named_and_the_rest_reported(tmp_path: Path) -> None:
@@ -196,7 +207,7 @@ def test_what_is_missing_or_damaged_is_named_and_the_rest_reported(tmp_path: Pat
     with (tmp_path / "runs" / "good" / "metrics.jsonl").open("a") as file:
         file.write('{"grpo_step": 2, "train/gr')
     complaints = "\n".join(write_report(tmp_path / "runs", tmp_path / "out", "anything", "a command"))
-    for text in ("line 4: not a whole JSON row", "going: not finished", "blind has no eval/reward"):
+    for text in ("metrics.jsonl, line 4", "going: not finished", "blind has no eval/reward"):
         assert text in complaints
     page = (tmp_path / "out" / "README.md").read_text()
     assert "# anything\n\nRuns of `configs/anything`." in page
@@ -211,13 +222,12 @@ def test_what_is_missing_or_damaged_is_named_and_the_rest_reported(tmp_path: Pat
 def test_no_reward_at_all(tmp_path: Path) -> None:
     write_run(tmp_path / "a", [], [1.0])
     runs = runs_in(tmp_path)
-    assert sentences(runs, summarize(runs)[0])[0] == "No run has `eval/reward`."
-    assert ending_sentence(runs) == "No run was stopped as collapsed."
+    assert differences_parts(runs, summarize(runs)[0]) == ["No run has `eval/reward`. Collapsed: none."]
 
 
 def test_the_top_page_keeps_what_others_wrote(tmp_path: Path) -> None:
     results = tmp_path / "results"
-    for topic in ("tiny/std_dev", "lr_sweep"):
+    for topic in ("tiny/std_dev", "lr_sweep", "my_sweep", "mine/lr_sweep"):
         std_dev_runs(tmp_path / "runs" / topic)
         write_report(tmp_path / "runs" / topic, results / topic, topic, f"python run.py {topic}")
     (results / "speed").mkdir()
@@ -229,28 +239,10 @@ def test_the_top_page_keeps_what_others_wrote(tmp_path: Path) -> None:
     text = path.read_text()
     assert text.startswith("# Results\n\nBefore.\n\n<!-- ablations -->\n## [lr_sweep](lr_sweep/README.md)\n\nHow high")
     assert text.endswith("```\n<!-- /ablations -->\n\nAfter.\n")
-    assert text.count("## [") == 2
+    assert text.count("## [") == 2  # a user's own ablations have pages, and do not enter this one
+    assert (results / "my_sweep" / "README.md").exists() and "my_sweep" not in text and "mine/" not in text
     assert "```bash\npython run.py tiny/std_dev\n```" in text
-    assert "`with_std` ends highest, at 0.750 ± 0.050" in text
+    assert "Highest at the end: `with_std`, 0.750 ± 0.050" in text
     path.write_text("# Results\n")
-    with pytest.raises(ValueError, match="add the lines <!-- ablations --> and <!-- /ablations -->"):
+    with pytest.raises(ValueError, match=r"README.md.*<!-- ablations -->"):
         write_top_page(results)
-
-
-FOLDERS = sorted({path.parent.relative_to(ROOT / "configs").as_posix() for path in ROOT.glob("configs/**/*.yaml")}
-                 - {".", "hardware", "gsm8k", "tiny"})  # fmt: skip
-
-
-@pytest.mark.parametrize("topic", FOLDERS)
-def test_every_ablation_has_an_entry_short_configs_and_claims_about_its_own_runs(topic: str) -> None:
-    configs = sorted((ROOT / "configs" / topic).glob("*.yaml"))
-    names = {path.stem for path in configs}
-    for path in configs:
-        assert len(path.read_text().splitlines()) <= 8
-        assert load_config([path]).paths.output_dir == f"runs/{topic}/{path.stem}"
-    assert topic in ABLATIONS or topic.rsplit("/", 1)[-1] in ABLATIONS
-    ablation = find_ablation(topic)
-    mentioned = {claim.run for claim in ablation.claims} | {claim.other for claim in ablation.claims if claim.other}
-    if topic != "clip_ablation":  # its on-policy pair is in the tiny suite alone
-        assert mentioned <= names
-    assert {claim.metric for claim in ablation.claims} | set(ablation.also_drawn) <= set(METRICS)

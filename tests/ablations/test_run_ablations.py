@@ -44,11 +44,12 @@ import json, os, signal, sys, time
 from pathlib import Path
 folder = Path(next(word for word in sys.argv if word.startswith("paths.output_dir=")).split("=")[1])
 role = folder.parent.name
+n_steps = int(next((w.split("=")[1] for w in sys.argv if w.startswith("training.n_grpo_steps=")), 40))
 row = {"eval_step": 0, "time": 1.0, "eval/reward": 0.5}
 (folder / "metrics.jsonl").write_text(json.dumps(row) + chr(10))
 print("threads", os.environ["OMP_NUM_THREADS"], flush=True)
 def end(status, code):
-    (folder / "status.json").write_text(json.dumps({"status": status, "grpo_step": 40}))
+    (folder / "status.json").write_text(json.dumps({"status": status, "grpo_step": n_steps}))
     sys.exit(code)
 def on_signal(*_):
     print("asked", flush=True)
@@ -88,8 +89,9 @@ def command(world: Path, *arguments: str) -> list[str]:
     return [sys.executable, str(SCRIPT), *arguments, *places]
 
 
-def run(world: Path, *arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(command(world, *arguments), capture_output=True, text=True, cwd=ROOT)
+def run_here(world: Path, *arguments: str) -> int:
+    """The runner within this process."""
+    return runpy.run_path(str(SCRIPT))["main"](command(world, *arguments)[2:])
 
 
 def jobs_of(world: Path, *folders: str, n_seeds: int = 1, overrides: tuple[str, ...] = ()) -> list[Job]:
@@ -122,12 +124,18 @@ def child_in(runner: subprocess.Popen, folder: Path) -> int:
 
 
 @pytest.mark.slow
-def test_runs_killed_and_stopped_go_on_and_end_with_a_report(world: Path) -> None:
+def test_runs_killed_and_stopped_go_on_and_end_with_a_report(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     add_config(world, "sweep/slow", "training: {learning_rate: 1e-4}")
     add_config(world, "sweep/other", "training: {learning_rate: 1e-5}")
     add_config(world, "twin/same", "training: {learning_rate: 1e-5}")
     slow, other = (world / "runs" / "sweep" / name / "seed_1337" for name in ("slow", "other"))
-    words = (str(world / "configs" / "sweep"), str(world / "configs" / "twin"), "--jobs", "2")
+    words = (
+        str(world / "configs" / "sweep"),
+        str(world / "configs" / "twin"),
+        "--jobs",
+        "2",
+        "training.n_grpo_steps=20",
+    )
     runner = subprocess.Popen(
         command(world, *words), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -135,50 +143,35 @@ def test_runs_killed_and_stopped_go_on_and_end_with_a_report(world: Path) -> Non
     os.kill(child_in(runner, slow), signal.SIGKILL)
     wait_for(lambda: len(steps_in(other)) >= 3, runner)
     runner.send_signal(signal.SIGINT)
-    said = runner.communicate()[0]
-    assert runner.returncode == 4, said
-    assert "failed      sweep/slow seed 1337: SIGKILL: " in said
-    assert "interrupted sweep/other seed 1337\n" in said
-    assert said.endswith("stopped; the same command goes on from here\n")
+    output = runner.communicate()[0]
+    assert runner.returncode == 4, output
+    states = {tuple(line.split()[:2]) for line in output.splitlines()}
+    assert {("failed", "sweep/slow"), ("interrupted", "sweep/other")} <= states
+    assert "SIGKILL" in output
+    assert "stopped" in output.splitlines()[-1]
     assert status_of(other) == "interrupted"
     assert not (slow / "status.json").exists()
     assert not (world / "results").exists()
     before = {folder: len(steps_in(folder)) for folder in (slow, other)}
-    assert all(3 <= n < 40 for n in before.values())
+    assert all(3 <= n < 20 for n in before.values())
 
-    done = run(world, *words)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert run_here(world, *words) == 0, capsys.readouterr()
     for folder in (slow, other):
-        assert steps_in(folder) == list(range(1, 41))
+        assert steps_in(folder) == list(range(1, 21))
         assert status_of(folder) == "finished"
         assert "resuming after GRPO step" in (folder / "console.log").read_text()
     twin = world / "runs" / "twin" / "same" / "seed_1337"
     assert (twin / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
     assert json.loads((twin / "status.json").read_text())["same_as"] == "sweep/other"
     page = (world / "results" / "sweep" / "README.md").read_text()
-    assert "| slow | 1 | 0.000 | 0.000 | 40 |" in page
+    assert "| slow | 1 | 0.000 | 0.000 | 20 |" in page
     assert "`same` is the run `sweep/other`" in (world / "results" / "twin" / "README.md").read_text()
-    assert "## [twin](twin/README.md)" in (world / "results" / "README.md").read_text()
 
     written = {path: path.stat().st_mtime_ns for path in (world / "runs").rglob("*") if path.is_file()}
-    again = run(world, *words)
-    assert again.returncode == 0, again.stderr
-    assert "3 of 3 runs are there already" in again.stdout
+    capsys.readouterr()
+    assert run_here(world, *words) == 0
+    assert "3 of 3 runs" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in (world / "runs").rglob("*") if path.is_file()} == written
-
-
-@pytest.mark.slow
-def test_more_steps_than_a_finished_run_has_are_added_to_it(world: Path) -> None:
-    add_config(world, "sweep/only")
-    folder = world / "runs" / "sweep" / "only" / "seed_1337"
-    for n in (2, 4):
-        done = run(world, str(world / "configs" / "sweep"), f"training.n_grpo_steps={n}")
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert steps_in(folder) == list(range(1, n + 1))
-    refused = run(world, str(world / "configs" / "sweep"), "training.group_size=2")
-    assert refused.returncode == 2
-    assert "holds a run of another config (training.group_size: saved 4, asked for 2): move it away" in refused.stderr
-    assert len(refused.stderr.splitlines()) == 1
 
 
 @pytest.fixture
@@ -190,6 +183,23 @@ def main(world: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     return lambda *arguments: runpy.run_path(str(SCRIPT))["main"](command(world, *arguments)[2:])
 
 
+def test_more_steps_than_a_finished_run_has_are_added_to_it(
+    world: Path, main: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    add_config(world, "roles/finishes")
+    folder = world / "runs" / "roles" / "finishes" / "seed_1337"
+    words = str(world / "configs" / "roles")
+    for n, n_started in ((2, 1), (2, 1), (4, 2)):
+        assert main(words, f"training.n_grpo_steps={n}") == 0
+        assert (folder / "console.log").read_text().count("threads") == n_started
+        assert json.loads((folder / "status.json").read_text())["grpo_step"] == n
+    (folder / "config.yaml").write_text((world / "base.yaml").read_text())
+    capsys.readouterr()
+    assert main(words, "training.group_size=2") == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert all(word in error for word in (str(folder), "training.group_size: saved 4", "asked for 2", "move it away"))
+
+
 def test_one_that_fails_stops_no_other(
     world: Path, main: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -199,22 +209,24 @@ def test_one_that_fails_stops_no_other(
     for i, path in enumerate(sorted((world / "configs" / "roles").iterdir())):
         path.write_text(path.read_text() + f"training: {{learning_rate: {i + 1}e-5}}\n")
     assert main(str(world / "configs" / "roles")) == 1
-    said = capsys.readouterr()
+    printed = capsys.readouterr()
     log = world / "runs" / "roles" / "mistake" / "seed_1337" / "console.log"
-    assert f"failed      roles/mistake seed 1337: exit status 2: error: no such thing ({log})" in said.out
-    assert "failed      roles/dies seed 1337: SIGKILL: last words (" in said.out
-    for line in ("collapsed   roles/collapses", "finished    roles/finishes", "time_limit  roles/runs_out"):
-        assert line in said.out
+    details = {tuple(line.split()[:2]): line for line in printed.out.splitlines()}
+    for part in ("exit status 2", "error: no such thing", str(log)):
+        assert part in details["failed", "roles/mistake"]
+    assert "SIGKILL: last words" in details["failed", "roles/dies"]
+    ended = {("collapsed", "roles/collapses"), ("finished", "roles/finishes"), ("time_limit", "roles/runs_out")}
+    assert ended <= set(details)
     assert log.read_text().startswith("threads 1\n")
     page = (world / "results" / "roles" / "README.md").read_text()
     assert "| collapses | 1 | 0.500 | 0.500 × | 0 | 1 s | collapsed |" in page
-    assert "Stopped as collapsed: `collapses` in 1 of 1 seeds" in page
-    assert "mistake/seed_1337: not finished, shown up to GRPO step 0" in said.err
+    assert "Collapsed: `collapses` (1 of 1 seeds)" in page
+    assert "mistake/seed_1337: not finished" in printed.err
 
     assert main(str(world / "configs" / "roles")) == 1
-    said = capsys.readouterr().out
-    assert "2 of 5 runs are there already" in said
-    assert [line.split()[1] for line in said.splitlines() if line.startswith("running")] == [
+    printed = capsys.readouterr().out
+    assert "2 of 5 runs" in printed
+    assert [line.split()[1] for line in printed.splitlines() if line.startswith("running")] == [
         "roles/dies", "roles/mistake", "roles/runs_out"
     ]  # fmt: skip
 
@@ -226,10 +238,10 @@ def test_a_twin_of_a_run_that_failed_has_failed_too(
     add_config(world, "second/finishes")
     folders = [str(world / "configs" / name) for name in ("first", "second")]
     assert main(*folders) == 1
-    assert "failed      second/finishes seed 1337: the same config as first/mistake" in capsys.readouterr().out
+    assert "second/finishes seed 1337: the same config as first/mistake" in capsys.readouterr().out
     assert main(folders[1]) == 0
     assert main(*folders) == 1
-    assert "1 of 2 runs are there already" in capsys.readouterr().out
+    assert "1 of 2 runs" in capsys.readouterr().out
 
 
 def test_stopped_while_others_wait(world: Path, main: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
@@ -244,11 +256,11 @@ def test_stopped_while_others_wait(world: Path, main: Callable[..., int], capsys
     logs = [log, Path(str(log).replace("1337", "1338"))]
     wait_for(lambda: all(path.exists() and "ready" in path.read_text() for path in logs), runner)
     assert main(str(world / "configs" / "roles")) == 1  # a second runner keeps its hands off
-    assert "failed      roles/sleeps seed 1337: another process is running it" in capsys.readouterr().out
+    assert "roles/sleeps seed 1337: another process" in capsys.readouterr().out
     runner.terminate()
-    said = runner.communicate()[0]
-    assert runner.returncode == 4, said
-    assert said.count("interrupted") == 2
+    output = runner.communicate()[0]
+    assert runner.returncode == 4, output
+    assert output.count("interrupted") == 2
     assert all(path.read_text().count("asked") == 1 for path in logs)
     assert not (world / "runs" / "roles" / "sleeps" / "seed_1339").exists()
 
@@ -290,7 +302,7 @@ def test_a_run_of_more_steps_is_another_one(world: Path, status: str) -> None:
     folder = world / "runs" / "a" / "x" / "seed_1337"
     folder.mkdir(parents=True)
     (folder / "status.json").write_text(json.dumps({"status": status, "grpo_step": 5}))
-    complaint = r"another config \(training.n_grpo_steps: it has taken 5, asked for 2\): move it away"
+    complaint = r"training.n_grpo_steps: it has taken 5, asked for 2.*move it away"
     with pytest.raises(ValueError, match=complaint):
         jobs_of(world, "a", overrides=("training.n_grpo_steps=2",))
     assert len(jobs_of(world, "a", overrides=("training.n_grpo_steps=5",))) == 1
@@ -305,7 +317,7 @@ def test_progress_by_hand(world: Path) -> None:
     rows.insert(12, {"eval_step": 12, "time": 0.0, "eval/reward": 0.25})
     (job.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"grpo_st')
     progress = Progress(job)
-    # 3 s a step over the last twenty, ten of forty steps left
+    # 3 s per step over the last twenty, ten of forty steps left
     assert (progress.step, progress.n_steps, progress.reward, progress.seconds_left) == (30, 40, 0.25, 30.0)
 
 
@@ -343,26 +355,30 @@ def test_topics(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert find_topics([f"{tmp_path}/configs/tiny"]) == {"tiny/lr": tmp_path / "configs" / "tiny" / "lr"}
     assert list(find_topics([f"{tmp_path}/configs/lr", f"{tmp_path}/configs/lr/"])) == ["lr"]
-    with pytest.raises(ValueError, match="are both called lr; run one at a time"):
+    with pytest.raises(ValueError, match="both called lr"):
         find_topics([f"{tmp_path}/configs/lr", f"{tmp_path}/elsewhere/lr"])
 
 
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["nowhere"], "error: nowhere: no such folder; give folders of configs"),
-        (["{world}/empty"], "empty: no configs in it (*.yaml)"),
-        (["{world}/configs/a", "--seeds", "0"], "--seeds 0: at least 1"),
-        (["{world}/configs/a", "--jobs", "0"], "--jobs 0: at least 1"),
-        (["{world}/configs/a", "--overlay", "none.yaml"], "error: none.yaml: no such config file"),
-        (["{world}/configs/a", "training.sede=1"], "unknown key 'training.sede'; did you mean 'training.seed'"),
-        (["{world}/configs/a", "training.group_size=3"], "rollouts do not divide into groups"),
-        (["training.seed=1"], "no folder of configs given"),
-        (["{world}/configs/a", "paths.model_path=runs/tiny/sft_"], "x.yaml: paths.model_path = 'runs/tiny/sft_': no"),
+        (["nowhere"], ("nowhere", "folder")),
+        (["{world}/empty"], ("empty", "*.yaml")),
+        (["{world}/configs/a", "--seeds", "0"], ("--seeds 0", "at least 1")),
+        (["{world}/configs/a", "--jobs", "0"], ("--jobs 0", "at least 1")),
+        (["{world}/configs/a", "--overlay", "none.yaml"], ("none.yaml", "no such")),
+        (["{world}/configs/a", "training.sede=1"], ("training.sede", "training.seed'")),
+        (["{world}/configs/a", "training.group_size=3"], ("group", "divide")),
+        (["training.seed=1"], ("no folder",)),
+        (["{world}/configs/a", "paths.model_path=runs/tiny/sft_"], ("x.yaml", "paths.model_path", "runs/tiny/sft_")),
     ],
 )
-def test_mistakes_are_told_before_anything_starts(
-    world: Path, main: Callable[..., int], capsys: pytest.CaptureFixture[str], arguments: list[str], complaint: str
+def test_mistakes_are_reported_before_anything_starts(
+    world: Path,
+    main: Callable[..., int],
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    complaint: tuple[str, ...],
 ) -> None:
     add_config(world, "a/x")
     (world / "empty").mkdir()
@@ -371,24 +387,44 @@ def test_mistakes_are_told_before_anything_starts(
     except SystemExit as error:  # argparse
         code = error.code
     assert code == 2
-    assert complaint in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert all(word in printed for word in complaint)
     assert not (world / "runs").exists()
 
 
-def test_a_missing_start_is_told_with_the_command_that_makes_it(
+def test_a_missing_start_is_reported_with_the_command_that_makes_it(
     world: Path, main: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(ROOT / "configs" / "tiny" / "sft_init", world / "configs" / "tiny" / "sft_init")
     for path in (world / "configs" / "tiny" / "sft_init").iterdir():
         path.write_text(path.read_text().replace("../base.yaml", f"{world}/base.yaml").replace("runs/", "no/such/"))
     assert main(str(world / "configs" / "tiny" / "sft_init")) == 2
-    said = capsys.readouterr().err
-    assert "early.yaml: paths.model_path = 'no/such/tiny/sft/step_100': no config.json there" in said
-    assert "python play-scripts/train_sft.py --model data/tiny/model" in said
+    printed = capsys.readouterr().err
+    assert all(word in printed for word in ("early.yaml", "paths.model_path", "no/such/tiny/sft/step_100"))
+    assert "python play-scripts/train_sft.py --model data/tiny/model" in printed
 
 
 def test_report_only_runs_nothing(world: Path, main: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
     add_config(world, "roles/finishes")
     assert main(str(world / "configs" / "roles"), "--report-only") == 0
     assert "roles: no report: nothing to draw" in capsys.readouterr().err
+    assert not (world / "runs").exists()
+
+
+def test_redraw_needs_the_results_alone(
+    world: Path, main: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    add_config(world, "roles/collapses")
+    words = str(world / "configs" / "roles")
+    assert main(words, "--jobs", "2") == 0
+    results = world / "results" / "roles"
+    page = (results / "README.md").read_text()
+    assert "--jobs 2" in page
+    shutil.rmtree(world / "runs")
+    (results / "figure.png").unlink()
+    capsys.readouterr()
+    assert main(words, "--redraw") == 0
+    assert capsys.readouterr().err == ""
+    assert (results / "README.md").read_text() == page
+    assert (results / "figure.png").exists()
     assert not (world / "runs").exists()

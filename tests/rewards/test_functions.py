@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-import pytest
+import copy
+import dataclasses
 
+import pytest
+import torch
+from engine_cases import (
+    prompt_of,
+    sampling,
+    tiny_policy,  # noqa: F401, the fixture `policy`
+    tiny_tokenizer,  # noqa: F401, the fixture `tokenizer`
+)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from utils.engines.transformers_engine import TransformersEngine
 from utils.records import Problem, Prompt, Reward, Rollout
 from utils.rewards.functions import (
     REWARD_FNS,
     RewardScorer,
     end_token_penalty,
     gsm8k_answer,
-    integer_answer,
     question_only_reward_fn,
     r1_zero_reward_fn,
-    soft_xml_format,
-    strict_xml_format,
 )
 from utils.rewards.grader import Grader
 
@@ -65,14 +74,6 @@ R1_ZERO = [
 @pytest.mark.parametrize(("response", "reward"), R1_ZERO)
 def test_r1_zero(response, reward):
     assert score("r1_zero", response) == [reward]
-
-
-def test_r1_zero_lenient_takes_any_white_space_between_the_tags_and_nothing_else():
-    gaps = ["", " ", "  ", "\n", " \n\t "]
-    assert score("r1_zero_lenient", *(f"</think>{gap}<answer> 5 </answer>" for gap in gaps)) == [RIGHT] * 5
-    others = [response for response, reward in R1_ZERO if reward is UNFORMATTED and "</think><" not in response]
-    others = [response for response in others if not response.startswith(("</think>  <answer> 5 ", "</think>\n"))]
-    assert score("r1_zero_lenient", *others) == [UNFORMATTED] * len(others)
 
 
 @pytest.mark.parametrize(
@@ -136,18 +137,19 @@ def test_a_batch_is_one_grading_call():
 
 
 def test_extra_rewards_add_to_the_total_alone():
+    fives = [dataclasses.replace(rollout("#### 5"), n_end_tokens=n) for n in (1, 3)]
     with Grader() as grader:
-        scorer = RewardScorer("gsm8k", {"integer_answer": 0.5, "end_token_penalty": 2.0}, grader)
-        assert scorer.score([rollout("#### 5"), rollout("#### 5.0</s></s></s>"), rollout("six")]) == [
-            Reward(1.0, 1.0, 1.5),
-            Reward(1.0, 0.0, pytest.approx(-0.4)),
+        scorer = RewardScorer("gsm8k", {"end_token_penalty": 2.0}, grader)
+        assert scorer.score([*fives, rollout("six")]) == [
+            Reward(1.0, 1.0, 1.0),
+            Reward(1.0, 1.0, pytest.approx(0.6)),
             Reward(0.0, 0.0, 0.0),
         ]
 
 
 def test_unknown_names_list_the_choices():
-    for reward_fn, extra in (("r2_zero", {}), ("r1_zero", {"integer": 1.0})):
-        with pytest.raises(ValueError, match=r"r1_zero, r1_zero_lenient, question_only, gsm8k"):
+    for reward_fn, extra in (("r2_zero", {}), ("r1_zero", {"end_penalty": 1.0})):
+        with pytest.raises(ValueError, match=r"r1_zero, question_only, gsm8k, end_token_penalty"):
             RewardScorer(reward_fn, extra, Grader())
 
 
@@ -157,42 +159,50 @@ def test_every_reward_function_takes_an_empty_batch():
 
 
 @pytest.mark.parametrize(
-    ("response", "soft", "strict"),
-    [
-        ("<reasoning>\n2 + 3\n</reasoning>\n<answer>\n5\n</answer>\n", 1, 1),
-        ("2 + 3\n</think>\n<answer>\n5\n</answer>", 1, 1),
-        ("<reasoning>2 + 3</reasoning> <answer>5</answer>", 1, 0),
-        ("<reasoning>\n2 + 3\n</reasoning>\n<answer>\n5\n</answer>\nbye", 1, 0),
-        ("<reasoning>\n2 + 3\n</think>\n<answer>\n5\n</answer>\n", 1, 0),
-        ("<reasoning>\n2 + 3\n</reasoning>\n<answer>\n5\n", 0, 0),
-        ("<answer>\n5\n</answer>", 0, 0),
-        ("", 0, 0),
-    ],
+    ("n_end_tokens", "penalty"), [(0, 0), (1, 0), (2, -0.1), (3, -0.2), (11, -1), (12, -1), (500, -1)]
 )
-def test_xml_formats(response, soft, strict):
-    assert (soft_xml_format(response), strict_xml_format(response)) == (soft, strict)
+def test_end_token_penalty(n_end_tokens, penalty):
+    (reward,) = end_token_penalty([dataclasses.replace(rollout("5"), n_end_tokens=n_end_tokens)], None)
+    assert reward == Reward(0.0, 0.0, pytest.approx(penalty))
 
 
-@pytest.mark.parametrize(
-    ("response", "reward"),
-    [("#### -1,234", 1), ("<answer> 7 </answer>", 1), (r"\boxed{7}", 1), ("#### 7.0", 0), ("#### seven", 0), ("7", 0)],
-)
-def test_integer_answer(response, reward):
-    assert integer_answer(response) == reward
+def only(policy: PreTrainedModel, *token_ids: int) -> PreTrainedModel:
+    """A copy of the policy that samples the given tokens alone, each as likely as the others."""
+    policy = copy.deepcopy(policy)
+
+    def favour(module, inputs, logits):
+        favoured = torch.full_like(logits, -1e4)
+        favoured[..., list(token_ids)] = 0.0
+        return favoured
+
+    policy.lm_head.register_forward_hook(favour)
+    return policy
 
 
-@pytest.mark.parametrize(
-    ("response", "penalty"),
-    [
-        ("5", 0),
-        ("5<|im_end|>", 0),
-        ("5<|im_end|><|im_end|>", -0.1),
-        ("5</s><eos><|endoftext|>", -0.2),
-        ("</s>" * 50, -1),
-    ],
-)
-def test_end_token_penalty(response, penalty):
-    assert end_token_penalty(response) == pytest.approx(penalty)
+def penalties(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *token_ids: int) -> list[float]:
+    """The penalties of 8 responses of at most 16 tokens; their texts show no end token."""
+    engine = TransformersEngine(only(policy, *token_ids), tokenizer, sampling(), batch_size=8)
+    rollouts = engine.generate([prompt_of(tokenizer, "What is 2 + 3?")], n=8, seed=1)
+    assert not any("<|" in rollout.response for rollout in rollouts)
+    with Grader() as grader:
+        rewards = RewardScorer("gsm8k", {"end_token_penalty": 0.5}, grader).score(rollouts)
+    return [reward.total for reward in rewards]
+
+
+def test_a_model_that_fills_its_length_with_end_tokens_is_penalised(policy, tokenizer):
+    """Through an engine: end tokens at which it doesn't stop, as a base model emits them in a chat template."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    policy = copy.deepcopy(policy)
+    policy.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    letter, stop = tokenizer.convert_tokens_to_ids("a"), tokenizer.eos_token_id
+    end, pad = tokenizer.convert_tokens_to_ids("<|im_end|>"), tokenizer.pad_token_id
+    assert penalties(policy, tokenizer, end) == [-0.5] * 8
+    assert penalties(policy, tokenizer, end, pad) == [-0.5] * 8
+    assert penalties(policy, tokenizer, letter) == [0.0] * 8
+    assert penalties(policy, tokenizer, stop) == [0.0] * 8  # the engine stops at the first
+    mixed = penalties(policy, tokenizer, letter, end, stop)
+    assert len(set(mixed)) > 2 and min(mixed) < 0.0 and all(-0.5 <= penalty <= 0.0 for penalty in mixed)
 
 
 def test_cs336_signatures():

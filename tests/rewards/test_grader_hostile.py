@@ -17,6 +17,7 @@ import pytest
 import sympy
 from sympy.parsing import sympy_parser
 
+from utils.rewards import client
 from utils.rewards.client import GradingClient
 from utils.rewards.grader import Grader, decide_fast
 from utils.rewards.normalize import canonical
@@ -259,6 +260,34 @@ def test_an_overrun_costs_that_answer_alone():
         assert grader.counters["timeouts"] == 0
 
 
+def freeze_the_only_worker(grader: Grader) -> int:
+    """Stop an idle worker, so that it has its next answer and no processor."""
+    assert grader.grade([NEEDS_ALGEBRA]) == [True]
+    (worker,) = descendants(grader._client.process.pid)
+    os.kill(worker, signal.SIGSTOP)
+    return worker
+
+
+def test_time_on_a_frozen_machine_does_not_count():
+    with Grader(workers=1, time_limit=0.3) as grader:
+        worker = freeze_the_only_worker(grader)
+        threading.Timer(1.5, os.kill, (worker, signal.SIGCONT)).start()
+        start = time.monotonic()
+        assert grader.grade([(r"\sqrt{18}", r"3\sqrt{2}")]) == [True]
+        assert time.monotonic() - start > 1.0  # it did wait, five times the limit
+        assert descendants(grader._client.process.pid) == [worker]
+        assert grader.counters["timeouts"] == 0
+
+
+def test_a_worker_that_stays_frozen_is_replaced(monkeypatch):
+    monkeypatch.setattr(client, "WALL_LIMIT", 1.0)
+    with Grader(workers=1, time_limit=0.05) as grader:
+        worker = freeze_the_only_worker(grader)
+        assert grader.grade([(r"\sqrt{18}", r"3\sqrt{2}")]) == [True]
+        assert worker not in descendants(grader._client.process.pid)
+        assert grader.counters["timeouts"] == grader.counters["crashes"] == 0
+
+
 def test_a_worker_out_of_memory_costs_that_answer_alone():
     with Grader(workers=1, time_limit=20.0, memory_limit_mb=1) as grader:
         assert grader.grade([NEEDS_ALGEBRA, ("5", "5")]) == [False, True]
@@ -382,9 +411,9 @@ def test_closing_ends_every_process_and_grading_starts_them_again():
 
 def test_large_batches_do_not_block_on_the_pipes():
     jobs = [(f"{n}" * 1_000, f"{n}" * 1_000) for n in range(1, 400)]  # 2 MB through pipes of 64 KB
-    client = GradingClient(2, 20.0, 450)
-    assert client.grade(jobs) == ["right"] * len(jobs)
-    client.close()
+    grading_client = GradingClient(2, 20.0, 450)
+    assert grading_client.grade(jobs) == ["right"] * len(jobs)
+    grading_client.close()
 
 
 def test_the_calling_process_decides_in_bounded_time():

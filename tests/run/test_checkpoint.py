@@ -73,7 +73,7 @@ def test_training_goes_on_bit_for_bit(tmp_path, tokenizer, optimizer_name, tie_e
     policy, optimizer = parts(optimizer_name, 3, tie_embeddings=tie_embeddings, dtype=dtype)
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
     assert checkpoints.newest() is None
-    assert checkpoints.save(TrainState(grpo_step=3), policy, tokenizer, optimizer) is None
+    assert checkpoints.save(TrainState(steps_done=3), policy, tokenizer, optimizer) is None
 
     resumed = AutoModelForCausalLM.from_pretrained(checkpoints.newest(), dtype=dtype)
     resumed_optimizer = OPTIMIZERS[optimizer_name](resumed.parameters())
@@ -93,7 +93,7 @@ def test_state_and_random_generators_come_back(tmp_path, tokenizer):
 
     draw()  # a first gauss leaves a second one in store, which is state too
     state = TrainState(
-        grpo_step=7,
+        steps_done=7,
         optimizer_step=28,
         skipped_in_a_row=1,
         problem_stream={"epoch": 1, "position": 3},
@@ -111,11 +111,14 @@ def test_state_and_random_generators_come_back(tmp_path, tokenizer):
     loaded = checkpoints.load(tmp_path / "step_000007", optimizer)
     assert draw() == expected
     assert json.loads(json.dumps(dataclasses.asdict(state))) == dataclasses.asdict(loaded)
+    file = tmp_path / "step_000007" / "trainer_state.json"
+    file.write_text(file.read_text().replace('"steps_done"', '"grpo_step"'))  # as older checkpoints have it
+    assert checkpoints.load(tmp_path / "step_000007", optimizer) == loaded
 
 
 def test_state_is_that_of_the_moment_it_was_made(tmp_path, tokenizer):
     policy, optimizer = parts()
-    state, expected = TrainState(grpo_step=1), torch.rand(1)
+    state, expected = TrainState(steps_done=1), torch.rand(1)
     torch.rand(100)
     checkpoints = Checkpoints(tmp_path, keep=1)
     checkpoints.save(state, policy, tokenizer, optimizer)
@@ -126,7 +129,7 @@ def test_state_is_that_of_the_moment_it_was_made(tmp_path, tokenizer):
 def test_tokenizer_and_compiled_policy_load_as_usual(tmp_path, tokenizer):
     policy, optimizer = parts()
     compiled = torch.compile(policy)
-    Checkpoints(tmp_path, keep=1).save(TrainState(grpo_step=1), compiled, tokenizer, optimizer)
+    Checkpoints(tmp_path, keep=1).save(TrainState(steps_done=1), compiled, tokenizer, optimizer)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "last", dtype=torch.float32)
     assert all(torch.equal(loaded.state_dict()[name], value) for name, value in policy.state_dict().items())
     text = "User: 1 + 1?\nAssistant: <think>"
@@ -137,7 +140,7 @@ def test_tokenizer_and_compiled_policy_load_as_usual(tmp_path, tokenizer):
 def test_optimizer_keeps_the_hyperparameters_of_its_config(tmp_path, tokenizer):
     policy, optimizer = parts()
     checkpoints = Checkpoints(tmp_path, keep=1)
-    checkpoints.save(TrainState(grpo_step=1), policy, tokenizer, optimizer)
+    checkpoints.save(TrainState(steps_done=1), policy, tokenizer, optimizer)
     unfused = torch.optim.AdamW(policy.parameters(), lr=5e-4, betas=(0.8, 0.9), fused=False)
     checkpoints.load(checkpoints.newest(), unfused)
     group = unfused.param_groups[0]
@@ -148,7 +151,7 @@ def test_optimizer_keeps_the_hyperparameters_of_its_config(tmp_path, tokenizer):
 def save_all(checkpoints, tokenizer, best_steps, n_steps):
     policy, optimizer = parts()
     for step in range(1, n_steps + 1):
-        assert checkpoints.save(TrainState(grpo_step=step), policy, tokenizer, optimizer, step in best_steps) is None
+        assert checkpoints.save(TrainState(steps_done=step), policy, tokenizer, optimizer, step in best_steps) is None
 
 
 def test_newest_best_and_last_are_kept_and_linked_relatively(tmp_path, tokenizer):
@@ -165,7 +168,7 @@ def test_newest_is_by_number_not_by_name(tmp_path, tokenizer):
     policy, optimizer = parts()
     checkpoints = Checkpoints(tmp_path, keep=3)
     for step in (999_999, 1_000_000):
-        checkpoints.save(TrainState(grpo_step=step), policy, tokenizer, optimizer)
+        checkpoints.save(TrainState(steps_done=step), policy, tokenizer, optimizer)
     assert checkpoints.newest().name == "step_1000000"
 
 
@@ -173,10 +176,10 @@ def test_a_step_that_has_a_checkpoint_keeps_its_weights_and_takes_the_later_stat
     """As when a run is stopped before an evaluation, which is made up for after the resume and finds a new best."""
     policy, optimizer = parts()
     checkpoints = Checkpoints(tmp_path, keep=2)
-    checkpoints.save(TrainState(grpo_step=1, best_reward=0.1, best_step=0), policy, tokenizer, optimizer)
+    checkpoints.save(TrainState(steps_done=1, best_reward=0.1, best_step=0), policy, tokenizer, optimizer)
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "step_000001").iterdir()}
     assert names(tmp_path) == ["last", "step_000001"]
-    later = TrainState(grpo_step=1, evaluated_step=1, best_reward=0.5, best_step=1)
+    later = TrainState(steps_done=1, evaluated_step=1, best_reward=0.5, best_step=1)
     assert checkpoints.save(later, policy, tokenizer, optimizer, is_best=True) is None
     after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "step_000001").iterdir()}
     assert after.keys() == before.keys()
@@ -216,7 +219,7 @@ def die_at(folder: Path, n_calls: int, report) -> None:
     checkpoints, tokenizer = Checkpoints(folder, keep=1), tiny.build_tokenizer()
     save_all(checkpoints, tokenizer, best_steps={1}, n_steps=3)
     policy, optimizer = parts()
-    checkpoints.save(TrainState(grpo_step=3, evaluated_step=3), policy, tokenizer, optimizer)  # a later state
+    checkpoints.save(TrainState(steps_done=3, evaluated_step=3), policy, tokenizer, optimizer)  # a later state
     report.send(next(counter))
 
 
@@ -251,7 +254,7 @@ def test_a_kill_before_any_change_on_the_disk_leaves_whole_checkpoints(tmp_path,
             assert (folder / "best").resolve().name == "step_000001"
             assert (folder / "last").resolve() == newest.resolve()
         policy, optimizer = parts()
-        assert found.save(TrainState(grpo_step=4), policy, tokenizer, optimizer) is None
+        assert found.save(TrainState(steps_done=4), policy, tokenizer, optimizer) is None
         left = ["best", "last", *(["step_000001"] if newest else []), "step_000004"]
         assert names(folder) == (left if newest else left[1:])
     assert reached == 3
@@ -263,14 +266,14 @@ def saved_under_limit(folder: Path, limit: int, sender) -> None:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     policy, optimizer = parts()
     checkpoints, tokenizer = Checkpoints(folder, keep=1), tiny.build_tokenizer()
-    outcomes = [checkpoints.save(TrainState(grpo_step=1), policy, tokenizer, optimizer)]
+    outcomes = [checkpoints.save(TrainState(steps_done=1), policy, tokenizer, optimizer)]
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    outcomes.append(checkpoints.save(TrainState(grpo_step=2), policy, tokenizer, optimizer))
+    outcomes.append(checkpoints.save(TrainState(steps_done=2), policy, tokenizer, optimizer))
     outcomes.append(checkpoints.failure)
     outcomes.append(names(folder))
     resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-    outcomes.append(checkpoints.save(TrainState(grpo_step=3), policy, tokenizer, optimizer))
+    outcomes.append(checkpoints.save(TrainState(steps_done=3), policy, tokenizer, optimizer))
     outcomes.append(checkpoints.failure)
     sender.send(outcomes)
 
@@ -279,7 +282,7 @@ def saved_under_limit(folder: Path, limit: int, sender) -> None:
 @pytest.mark.parametrize("file_name", ["model.safetensors", checkpoint.OPTIMIZER_FILE, checkpoint.STATE_FILE])
 def test_a_disk_that_refuses_at_any_point_keeps_the_old_checkpoint(tmp_path, tokenizer, file_name, share):
     policy, optimizer = parts()
-    Checkpoints(tmp_path / "probe", keep=1).save(TrainState(grpo_step=1), policy, tokenizer, optimizer)
+    Checkpoints(tmp_path / "probe", keep=1).save(TrainState(steps_done=1), policy, tokenizer, optimizer)
     limit = int(share * (tmp_path / "probe" / "last" / file_name).stat().st_size)
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
@@ -308,7 +311,7 @@ def test_too_little_space_is_seen_before_anything_is_written(tmp_path, tokenizer
     usage = checkpoint.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     monkeypatch.setattr(checkpoint, "_write", lambda *_: pytest.fail("wrote in spite of it"))
-    failure = checkpoints.save(TrainState(grpo_step=1), policy, tokenizer, optimizer)
+    failure = checkpoints.save(TrainState(steps_done=1), policy, tokenizer, optimizer)
     assert failure.free_bytes == 1000
     assert "not enough space" in str(failure)
     assert str(failure).endswith("No checkpoint was saved before; free some space, or lower checkpoint_keep")
@@ -330,14 +333,14 @@ def test_only_a_full_disk_comes_with_the_advice_to_free_space(tmp_path, tokenize
 
     policy, optimizer = parts()
     monkeypatch.setattr(checkpoint, "_write", refused)
-    failure = Checkpoints(tmp_path, keep=1).save(TrainState(grpo_step=1), policy, tokenizer, optimizer)
+    failure = Checkpoints(tmp_path, keep=1).save(TrainState(steps_done=1), policy, tokenizer, optimizer)
     assert ("free some space" in str(failure)) == full
 
 
 def test_a_tensor_file_with_code_in_it_is_refused(tmp_path, tokenizer):
     policy, optimizer = parts()
     checkpoints = Checkpoints(tmp_path, keep=1)
-    checkpoints.save(TrainState(grpo_step=1), policy, tokenizer, optimizer)
+    checkpoints.save(TrainState(steps_done=1), policy, tokenizer, optimizer)
     torch.save({"state": Path}, tmp_path / "last" / checkpoint.OPTIMIZER_FILE)
     with pytest.raises(DamagedCheckpoint, match=r"optimizer\.pt cannot be read as tensors") as refusal:
         checkpoints.load(checkpoints.newest(), optimizer)

@@ -1,4 +1,4 @@
-"""The runs of an ablation: planned from folders of configs, started as processes, and copied where they are equal."""
+"""The runs of an ablation: planned from folders of configs, started as processes, or copied from an equal run."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ TRAIN = Path(__file__).parents[2] / "train_grpo.py"
 CONSOLE_FILE = "console.log"
 ENDED = ("finished", "collapsed")
 COPIED = ("metrics.jsonl", "rollouts.jsonl", "warnings.jsonl", "config.yaml", "run.json")
-PACE_FROM = 20  # last GRPO steps that the time left is judged by
+PACE_FROM = 20  # last GRPO steps, from which the time left is estimated
 STATES = {
     Status.FINISHED: "finished",
     Status.COLLAPSED: "collapsed",
     Status.STOPPED_BY_SIGNAL: "interrupted",
     Status.TIME_LIMIT: "time_limit",
-    -signal.SIGINT: "interrupted",  # before it had begun to listen, or a second time
+    -signal.SIGINT: "interrupted",  # a signal before the run handles them, or a second one
 }
 
 
 @dataclass
 class Job:
-    """A run: a config with a seed. `same_as` is an earlier job that has the same config, to be copied from."""
+    """A run: a config with a seed. `same_as` is an earlier job with the same config, whose run is copied."""
 
     topic: str  # the folder of configs, without what leads to it
     name: str
@@ -48,7 +48,7 @@ class Job:
     state: str = "waiting"  # then running, then how it ended
     detail: str = ""
     process: subprocess.Popen | None = None
-    ended_at: Progress | None = None  # how far it came, kept so that its metrics are not read again
+    ended_at: Progress | None = None  # kept so that its metrics are not read again
 
     @property
     def folder(self) -> Path:
@@ -63,7 +63,7 @@ class Job:
 
 
 def find_topics(folders: Sequence[str]) -> dict[str, Path]:
-    """The folders of configs, or the folders in them, by topic. Raises ValueError for one without configs."""
+    """The folders of configs, or the folders in them, by topic. Raises ValueError for a folder without configs."""
     topics: dict[str, Path] = {}
     for folder in map(Path, folders):
         if not folder.is_dir():
@@ -89,7 +89,7 @@ def topic_of(folder: Path) -> str:
 def plan(
     topics: dict[str, Path], n_seeds: int, overlays: Sequence[str], overrides: Sequence[str], runs: Path
 ) -> list[Job]:
-    """All runs asked for, every setting's first seed before any second one. Raises ValueError for a mistake in any."""
+    """All runs asked for, the first seed of every setting before the second ones. Raises ValueError for a mistake."""
     overrides = ["guard.action=stop", *overrides]
     settings = []
     for topic, folder in topics.items():
@@ -133,9 +133,9 @@ def identity(config: Config) -> str:
 
 
 def standing(job: Job) -> str:
-    """How the run in the job's folder ended, or "waiting" where there is something left to do.
+    """How the run in the job's folder ended, or "waiting" if something is left to do.
 
-    Raises ValueError where the folder holds a run of another config, or one that has taken more steps.
+    Raises ValueError if the folder holds a run of another config, or one that has taken more steps.
     """
     saved = job.folder / "config.yaml"
     changed = changed_fields(load_config([saved]), job.config) if saved.exists() else []
@@ -157,7 +157,7 @@ def standing(job: Job) -> str:
 def start(job: Job) -> None:
     """Start the run in a session of its own, so that a terminal's Ctrl-C reaches this process alone.
 
-    Its console.log is locked for as long as it lives, so that no other process starts in the same folder.
+    Its console.log is locked while it lives, so that no other process starts in the same folder.
     """
     job.folder.mkdir(parents=True, exist_ok=True)
     one_thread = {"OMP_NUM_THREADS": "1"} if job.config.training.device == "cpu" else {}  # more would spin and wait
@@ -179,7 +179,7 @@ def start(job: Job) -> None:
 
 
 def finish(job: Job) -> None:
-    """Take note of how the run's process ended."""
+    """Set the job's state from how its process ended."""
     code = job.process.returncode
     job.state = STATES.get(code, "failed")
     if job.state == "failed":
@@ -192,11 +192,11 @@ def last_words(path: Path) -> str:
     """The last line that names an error, else the last line."""
     lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()]
     named = [line for line in lines if "error:" in line.lower()]
-    return (named or lines or ["it said nothing"])[-1].strip()[:200]
+    return (named or lines or ["no output"])[-1].strip()[:200]
 
 
 def copy(job: Job) -> None:
-    """Take the ended run of another job with the same config as this one's, but for its checkpoints."""
+    """Copy the ended run of the job with the same config, without its checkpoints."""
     original = job.same_as
     job.state, job.detail = original.state, f"the same config as {original.setting}"
     if original.state not in ENDED:
@@ -210,7 +210,7 @@ def copy(job: Job) -> None:
 
 
 def progress_of(job: Job) -> Progress:
-    """How far a job is, or came."""
+    """How far a job is, or was when it ended."""
     if job.state == "running":
         return Progress(job)
     job.ended_at = job.ended_at or Progress(job)
@@ -228,7 +228,7 @@ class Progress:
         self.n_steps = job.config.training.n_grpo_steps
         self.step = steps[-1]["grpo_step"] if steps else 0
         self.reward = rewards[-1] if rewards else None
-        self.pace: float | None = None  # seconds a GRPO step, evaluations included
+        self.pace: float | None = None  # seconds per GRPO step, evaluations included
         recent = steps[-PACE_FROM:]
         if len(recent) > 1:
             self.pace = (recent[-1]["time"] - recent[0]["time"]) / (len(recent) - 1)

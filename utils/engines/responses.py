@@ -22,6 +22,12 @@ def end_ids_of(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> f
     return frozenset(found)
 
 
+def special_ids_of(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The ids that decoding leaves out of a text: the tokenizer's named special tokens and those added as special."""
+    added = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return frozenset(added.union(tokenizer.all_special_ids))
+
+
 class ResponseReader:
     """Reads sampled ids: has the response ended, and what is its text."""
 
@@ -29,6 +35,7 @@ class ResponseReader:
         self.tokenizer = tokenizer
         self.sampling = sampling
         self.end_ids = frozenset(end_ids)
+        self._end_tokens = self.end_ids | special_ids_of(tokenizer)
         self._last_characters = {stop[-1] for stop in sampling.stop}
         self._may_complete: dict[int, bool] = {}
 
@@ -46,7 +53,8 @@ class ResponseReader:
 
     def rollout(self, prompt: Prompt, ids: Sequence[int], log_probs: Sequence[float], finish_reason: str) -> Rollout:
         """One rollout, its text read from its ids."""
-        return Rollout(prompt, self.text(ids), tuple(ids), tuple(log_probs), finish_reason)
+        n_end_tokens = sum(token_id in self._end_tokens for token_id in ids)
+        return Rollout(prompt, self.text(ids), tuple(ids), tuple(log_probs), finish_reason, n_end_tokens)
 
     def _decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -67,7 +67,10 @@ def check_checkpoint(checkpoint: Path) -> None:
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """The trainer's state, as it was saved. Raises DamagedCheckpoint."""
-    return read_json(checkpoint, STATE_FILE)
+    state = read_json(checkpoint, STATE_FILE)
+    if "grpo_step" in state:  # what `steps_done` was called in older checkpoints
+        state["steps_done"] = state.pop("grpo_step")
+    return state
 
 
 def read_json(checkpoint: Path, name: str) -> dict[str, Any]:

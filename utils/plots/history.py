@@ -16,13 +16,16 @@ from utils.log.files import METRICS_FILE, RUN_INFO_FILE, STATUS_FILE, Row, read_
 
 CSV_COLUMNS = ("run_name", "metric", "step", "value")  # what every long CSV has
 OWN_CSV_COLUMNS = ("run_name", "seed", "metric", "step", "optimizer_step", "time", "value")  # what write_csv writes
+ENDINGS_FILE = "endings.csv"  # beside a metrics.csv: how its runs ended
+ENDINGS_COLUMNS = ("run_name", "seed", "ending", "same_as")
+PICTURES = (".png", ".svg")  # lie beside runs, so that `runs/*` names them too
 WANDB_PREFIX = "wandb:"
 UNKNOWN_ENDING = "unknown"
 UNFINISHED = "unfinished"
 
 
 class Point(NamedTuple):
-    """A metric's value at a GRPO step; NaN where it was not finite. Unknown axes are None."""
+    """A metric's value at a GRPO step, NaN if it was not finite. Unknown axes are None."""
 
     value: float
     optimizer_step: int | None = None
@@ -38,6 +41,7 @@ class Run:
     place: str  # where exactly the run was read from
     seed: int | None = None
     ending: str = UNKNOWN_ENDING
+    same_as: str = ""  # the setting of another ablation that this is a copy of
     curves: dict[str, dict[int, Point]] = field(default_factory=dict)
 
     @property
@@ -57,19 +61,20 @@ def load_runs(
     """Every run in the sources, and a complaint for each thing that is missing, damaged or ambiguous.
 
     A source is a run folder, a folder of them (run/ or run/seed_n/), a long CSV file, or `wandb:entity/project`,
-    which `fetch_tracked` turns into rows of name, id, seed, ending and history (`tracker.fetch_wandb_runs`).
+    which `fetch_tracked` turns into rows of name, id, seed, ending and history (`tracker.fetch_wandb_runs`). Pictures
+    are skipped.
     """
     runs: list[Run] = []
     complaints: list[str] = []
     for source in map(str, sources):
         try:
-            found, said = _load(source, fetch_tracked)
+            loaded, damage = _load(source, fetch_tracked)
         except (ValueError, OverflowError, csv.Error) as error:
-            found, said = [], [f"{source}: can't be read ({error})"]
-        runs += found
-        complaints += said
-    runs, said = tell_apart(runs)
-    return runs, complaints + said
+            loaded, damage = [], [f"{source}: can't be read ({error})"]
+        runs += loaded
+        complaints += damage
+    runs, renamed = tell_apart(runs)
+    return runs, complaints + renamed
 
 
 def _load(source: str, fetch_tracked: Callable[[str], list[Row]] | None) -> tuple[list[Run], list[str]]:
@@ -80,12 +85,12 @@ def _load(source: str, fetch_tracked: Callable[[str], list[Row]] | None) -> tupl
     if Path(source).is_dir():
         return load_folder(Path(source))
     if Path(source).is_file():
-        return load_csv(Path(source))
+        return ([], []) if Path(source).suffix in PICTURES else load_csv(Path(source))
     return [], [f"{source}: no such file or folder"]
 
 
 def load_folder(folder: Path) -> tuple[list[Run], list[str]]:
-    """The runs in a folder, itself one perhaps."""
+    """The runs in a folder, which may itself be a run."""
     names = (METRICS_FILE, RUN_INFO_FILE, STATUS_FILE)
     run_folders = sorted({path.parent for name in names for path in folder.rglob(name)})
     if not run_folders:
@@ -93,11 +98,11 @@ def load_folder(folder: Path) -> tuple[list[Run], list[str]]:
     runs, complaints = [], []
     for run_folder in run_folders:
         if (run_folder / METRICS_FILE).exists():
-            run, said = load_run(run_folder)
+            run, damage = load_run(run_folder)
             runs.append(run)
+            complaints += damage
         else:
-            said = [f"{run_folder}: a run that has logged nothing (no {METRICS_FILE}), left out"]
-        complaints += said
+            complaints.append(f"{run_folder}: a run that has logged nothing (no {METRICS_FILE}), left out")
     return runs, complaints
 
 
@@ -108,26 +113,21 @@ def load_run(folder: Path) -> tuple[Run, list[str]]:
     seed = re.fullmatch(r"seed_(\d+)", folder.name)
     setting = folder.parent if seed else folder
     run = Run(setting.name, str(setting), str(folder), int(seed[1]) if seed else None)
-    run.ending, said = read_ending(folder)
     run.curves = curves_from_rows(rows)
-    if run.ending == UNFINISHED:
-        said.append(f"{folder}: not finished, shown up to GRPO step {run.last_step}")
-    return run, complaints + said
-
-
-def read_ending(folder: Path) -> tuple[str, list[str]]:
-    """How a run ended: the status in its status.json, or "unfinished"."""
     path = folder / STATUS_FILE
-    if not path.exists():
-        return UNFINISHED, []
     try:
-        return str(json.loads(path.read_text())["status"]), []
+        status = json.loads(path.read_text())
+        run.ending, run.same_as = str(status["status"]), status.get("same_as", "")
+    except FileNotFoundError:
+        run.ending = UNFINISHED
+        complaints.append(f"{folder}: not finished, shown up to GRPO step {run.last_step}")
     except (ValueError, KeyError, TypeError) as error:
-        return UNKNOWN_ENDING, [f"{path}: can't be read ({type(error).__name__}: {error})"]
+        complaints.append(f"{path}: can't be read ({type(error).__name__}: {error})")
+    return run, complaints
 
 
 def curves_from_rows(rows: Iterable[Row]) -> dict[str, dict[int, Point]]:
-    """Rows of metrics.jsonl as curves; a step that is there twice counts as written last."""
+    """Rows of metrics.jsonl as curves. Of a step that was written twice, the later row counts."""
     curves: dict[str, dict[int, Point]] = {}
     optimizer_steps = {0: 0}
     for row in rows:
@@ -145,7 +145,7 @@ def curves_from_rows(rows: Iterable[Row]) -> dict[str, dict[int, Point]]:
 
 
 def _finite(value: float | str | None) -> float:
-    """The number, NaN in place of infinity and None."""
+    """The number, or NaN for infinity and None."""
     number = math.nan if value is None else float(value)
     return number if math.isfinite(number) else math.nan
 
@@ -153,7 +153,8 @@ def _finite(value: float | str | None) -> float:
 def load_csv(path: Path) -> tuple[list[Run], list[str]]:
     """The runs of a long CSV (run_name, metric, step, value; perhaps seed, optimizer_step, time).
 
-    Several values of a metric at one step, as a tracker writes one for each optimizer step, are averaged.
+    Several values of a metric at one step, such as a tracker's one per optimizer step, are averaged. How the runs ended
+    is read from the ENDINGS_FILE beside it, if there is one.
     """
     values: dict[tuple[str, int | None], dict[tuple[str, int], list[Point]]] = {}
     complaints = []
@@ -172,8 +173,9 @@ def load_csv(path: Path) -> tuple[list[Run], list[str]]:
                 continue
             values.setdefault(run_key, {}).setdefault(place, []).append(point)
     runs = []
+    endings = load_endings(path.with_name(ENDINGS_FILE))
     for (name, seed), places in values.items():
-        run = Run(name, str(path), str(path), seed)
+        run = Run(name, str(path), str(path), seed, *endings.get((name, seed), ()))
         for (metric, step), points in places.items():
             run.curves.setdefault(metric, {})[step] = points[-1]._replace(value=fmean(p.value for p in points))
         runs.append(run)
@@ -184,15 +186,32 @@ def _number(row: dict[str, str], column: str, kind: type[int] | type[float]) -> 
     return kind(row[column]) if row.get(column) else None
 
 
+def load_endings(path: Path) -> dict[tuple[str, int | None], tuple[str, str]]:
+    """The ending and `same_as` of each run, by name and seed. Raises ValueError if the file is damaged."""
+    if not path.exists():
+        return {}
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        if tuple(reader.fieldnames or ()) != ENDINGS_COLUMNS:
+            raise ValueError(f"{path}: expected the columns {', '.join(ENDINGS_COLUMNS)}")
+        return {(row["run_name"], _number(row, "seed", int)): (row["ending"], row["same_as"]) for row in reader}
+
+
 def write_csv(runs: Sequence[Run], path: Path) -> None:
-    """The runs as a long CSV that load_csv reads back."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(OWN_CSV_COLUMNS)
-        for run in runs:
-            for metric, curve in sorted(run.curves.items()):
-                for step, (value, optimizer_step, time) in sorted(curve.items()):
-                    writer.writerow((run.name, run.seed, metric, step, optimizer_step, time, value))
+    """The runs as a long CSV, with their ENDINGS_FILE beside it, that load_csv reads back."""
+    rows = (
+        (run.name, run.seed, metric, step, point.optimizer_step, point.time, point.value)
+        for run in runs
+        for metric, curve in sorted(run.curves.items())
+        for step, point in sorted(curve.items())
+    )
+    endings = ((run.name, run.seed, run.ending, run.same_as) for run in runs)
+    for place, columns, lines in (
+        (path, OWN_CSV_COLUMNS, rows),
+        (path.with_name(ENDINGS_FILE), ENDINGS_COLUMNS, endings),
+    ):
+        with place.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file, lineterminator="\n").writerows([columns, *lines])
 
 
 def run_from_tracker(project: str, tracked: Row) -> Run:
@@ -204,7 +223,7 @@ def run_from_tracker(project: str, tracked: Row) -> Run:
 
 
 def tell_apart(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
-    """Runs of the same name that are not seeds of one setting get another name; a run given twice is there once."""
+    """Runs of one name that are not seeds of one setting get different names. A run given twice is kept once."""
     apart: list[Run] = []
     complaints = []
     owners: dict[str, str] = {}
@@ -225,46 +244,3 @@ def tell_apart(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
             complaints.append(f"two runs are called {name}: the one in {run.place} is shown as {run.name}")
         apart.append(run)
     return apart, complaints
-
-
-@dataclass
-class Aggregate:
-    """One metric of one setting: mean, lowest and highest over the seeds, at the steps that all of them logged.
-
-    `tails` are the curves of single seeds beyond that, where others have ended: a mean of those left would mislead.
-    """
-
-    x: list[float] = field(default_factory=list)
-    mean: list[float] = field(default_factory=list)
-    low: list[float] = field(default_factory=list)
-    high: list[float] = field(default_factory=list)
-    tails: list[tuple[list[float], list[float]]] = field(default_factory=list)
-    n_seeds: int = 0
-
-
-def position(step: int, point: Point, axis: str) -> float | None:
-    """Where a point stands on an x axis; None where the run didn't log that."""
-    return {"grpo_step": step, "optimizer_step": point.optimizer_step, "time": point.time}[axis]
-
-
-def aggregate(curves: Sequence[dict[int, Point]], axis: str = "grpo_step") -> Aggregate:
-    """The seeds' curves of one metric as one. Values that were not finite stay NaN, a gap in the curve."""
-    placed = [
-        {step: (x, p.value) for step, p in sorted(c.items()) if (x := position(step, p, axis)) is not None}
-        for c in curves
-    ]
-    placed = [curve for curve in placed if curve]
-    result = Aggregate(n_seeds=len(placed))
-    shared = sorted(set.intersection(*map(set, placed))) if placed else []
-    for step in shared:
-        xs, values = zip(*(curve[step] for curve in placed), strict=True)
-        finite = not any(math.isnan(v) for v in values)
-        result.x.append(fmean(xs))
-        for series, of in ((result.mean, fmean), (result.low, min), (result.high, max)):
-            series.append(of(values) if finite else math.nan)
-    for curve in placed:
-        beyond = [step for step in curve if not shared or step > shared[-1]]
-        if beyond:
-            steps = shared[-1:] + beyond
-            result.tails.append(([curve[s][0] for s in steps], [curve[s][1] for s in steps]))
-    return result

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 # Okabe and Ito's colours (2008), told apart with any common colour blindness, dark before light, and a grey; the dashes
 # and markers tell the same curves apart without colour.
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
+HEADING_COLOURS = (COLOURS[1], COLOURS[2])  # ours, and published
 DASHES = ("-", (0, (6, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)), (0, (10, 2)), (0, (3, 1.5)), (0, (6, 2, 1, 2, 1, 2)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 
@@ -47,7 +48,7 @@ def looks(names: Sequence[str]) -> dict[str, Look]:
 def short_names(names: Sequence[str]) -> dict[str, str]:
     """Names without the words that all begin or end with: lr_sweep_1e-6 and lr_sweep_3e-6 are 1e-6 and 3e-6.
 
-    An ending stays where a name would be the beginning of another without it: clip and no_clip are not "" and "no".
+    The last words stay if a name would otherwise be the beginning of another: clip and no_clip are not "" and "no".
     """
     words = {name: re.split(r"(?<=[_/])", name) for name in names}
     if len(words) < 2:
@@ -70,7 +71,7 @@ def _agreeing(lists: Sequence[Sequence[str]], most: int) -> int:
 
 
 def in_order(names: Iterable[str]) -> list[str]:
-    """Numbers by size, then the other names as they come, but those that differ in a last number alone by its size."""
+    """Numbers by size, then the other names as they come; names that differ only in a last number are sorted by it."""
     unique = list(dict.fromkeys(names))
     parts = {name: re.fullmatch(r"(.*?)(\d+(?:\.\d+)?(?:e[-+]?\d+)?)?", name, re.DOTALL).groups() for name in unique}
     stems = ["", *(stem for stem, _ in parts.values())]

@@ -1,4 +1,4 @@
-"""Runs in a table, a line a setting: best and last rewards with their standard error over seeds, and how they ended."""
+"""Runs in a table, one line per setting: best and last rewards with standard errors over seeds, and how they ended."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COLLAPSED = "collapsed"
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds and its standard error, None with fewer than two seeds."""
+    """A mean over seeds and its standard error, which is None with fewer than two seeds."""
 
     mean: float
     standard_error: float | None
@@ -29,14 +29,14 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Summary:
-    """One setting, over its seeds. `best` and `last` are None where no seed has a finite value of the metric."""
+    """One setting, over its seeds. `best` and `last` are None if no seed has a finite value of the metric."""
 
     name: str
     n_seeds: int
     best: Estimate | None  # of each seed's highest value
     last: Estimate | None  # of each seed's `end_value`
     steps: int  # most GRPO steps of a seed
-    seconds: float | None  # mean over the seeds; None where nobody measured
+    seconds: float | None  # mean over the seeds; None if not logged
     endings: dict[str, int]
 
     def cells(self) -> tuple[str, ...]:
@@ -48,7 +48,10 @@ class Summary:
 
 
 def estimate(values: Sequence[float]) -> Estimate | None:
-    """Mean and standard error of one value a seed: the sample's standard deviation over the root of their number."""
+    """Mean and standard error of one value per seed; None of no value.
+
+    The standard error is the sample's standard deviation over the root of the number of values.
+    """
     if not values:
         return None
     return Estimate(fmean(values), stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None)
@@ -62,13 +65,13 @@ def finite(run: Run, metric: str) -> list[float]:
 def end_value(run: Run, metric: str) -> float:
     """Where an evaluated metric ended: the mean of the last evaluations, or the last alone of a collapsed run.
 
-    A collapsed run was stopped soon after, so that a mean would be of evaluations from before. Expects a finite value.
+    A collapsed run was stopped soon after, so a mean would be of evaluations from before. Expects a finite value.
     """
     return fmean(finite(run, metric)[-1 if run.ending == COLLAPSED else -LAST :])
 
 
 def summarize(runs: Sequence[Run], metric: str = "eval/reward") -> tuple[list[Summary], list[str]]:
-    """A summary of each setting, numbers first, by size; a complaint for each run without the metric."""
+    """A summary of each setting, in the order of `in_order`, and a complaint for each run without the metric."""
     settings: dict[str, list[Run]] = {}
     for run in runs:
         settings.setdefault(run.name, []).append(run)
@@ -92,7 +95,7 @@ def summarize(runs: Sequence[Run], metric: str = "eval/reward") -> tuple[list[Su
 
 
 def format_time(seconds: float | None) -> str:
-    """59 s, 12 min, 3.4 h; a dash where it is unknown."""
+    """59 s, 12 min, 3.4 h; a dash if unknown."""
     if seconds is None:
         return "–"
     if seconds < 90:
@@ -102,5 +105,10 @@ def format_time(seconds: float | None) -> str:
 
 def markdown_table(summaries: Sequence[Summary]) -> str:
     """The table as Markdown."""
-    rows = [HEADER, tuple("---" for _ in HEADER), *(s.cells() for s in summaries)]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows)
+    return markdown_rows([HEADER, *(s.cells() for s in summaries)])
+
+
+def markdown_rows(rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table whose first row is its header."""
+    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)

@@ -180,14 +180,11 @@ def _sampling_rules(t: Training) -> list[Rule]:
     ]
 
 
-# The text that a reward function looks for at the end of a response, where a stop string may cut it off.
+# The text that a reward function looks for at the end of a response.
 CLOSING_TEXTS = {
     "r1_zero": "</answer>",
-    "r1_zero_lenient": "</answer>",
     "question_only": "}",
     "gsm8k": "</answer>",
-    "soft_xml_format": "</answer>",
-    "strict_xml_format": "</answer>",
 }
 
 

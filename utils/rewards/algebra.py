@@ -22,6 +22,7 @@ from sympy.core.function import AppliedUndef
 
 from utils.rewards.limits import refusal
 from utils.rewards.numbers import approximates, parse_number
+from utils.rewards.slashes import group_slashes
 
 Number = Fraction | mpmath.mpf | mpmath.mpc
 
@@ -76,7 +77,7 @@ def parse(formula: str) -> sympy.Expr:
     if reason:
         raise UnsupportedError(reason)
     try:
-        tree = _Parser().parse(formula.replace("'", "_{prime}"))
+        tree = _Parser().parse(group_slashes(formula).replace("'", "_{prime}"))
     except (RecursionError, MemoryError):
         raise
     except Exception as error:  # the grammar raises plain Exception for what it does not read

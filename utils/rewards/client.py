@@ -13,30 +13,36 @@ from pathlib import Path
 READY = "ready"
 CRASH = "crash"
 START_LIMIT = 120.0  # seconds; a loaded machine may take many to import sympy
-SILENCE_MARGIN = 10.0  # seconds past the time limit after which a silent server counts as dead
+WALL_LIMIT = 60.0  # seconds by the clock that an answer may take besides 20 times its processor time
+SILENCE_MARGIN = 10.0  # seconds beyond an answer's two attempts after which a silent server counts as dead
 END_LIMIT = 2.0  # seconds for the server to end by itself
 WINDOW_BYTES = 48_000  # sent and not yet answered: less than a pipe holds, so that writing never blocks
 MAX_ATTEMPTS = 2
 
 
 class ServerDiedError(RuntimeError):
-    """The server has gone, or says nothing."""
+    """The server has ended, or is silent."""
 
 
 class GradingClient:
-    """One running server. Not for several threads at once."""
+    """One running server. Not for several threads at once.
+
+    `time_limit` is seconds of processor time per answer. By the clock an answer may take far longer: a machine that is
+    busy or frozen must not make it wrong.
+    """
 
     def __init__(self, workers: int, time_limit: float, memory_limit_mb: int):
-        self.settings = (workers, time_limit, memory_limit_mb)
+        self.wall_limit = WALL_LIMIT + 20 * time_limit
+        self.settings = (workers, time_limit, memory_limit_mb, self.wall_limit)
         self.process: subprocess.Popen[bytes] | None = None
         self.owner = os.getpid()
         self.unread = b""
 
     def start(self) -> None:
-        """Start the server and wait until it is ready. Raises ServerDiedError where it cannot start."""
+        """Start the server and wait until it is ready. Raises ServerDiedError if it cannot start."""
         root = str(Path(__file__).parents[2])
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-        # The server sees no GPU and takes one core a worker, whatever the caller's environment asks for.
+        # The server sees no GPU and takes one core per worker, whatever the caller's environment asks for.
         environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-P", "-m", "utils.rewards.server", *map(str, self.settings)]
         self.process = subprocess.Popen(
@@ -44,7 +50,7 @@ class GradingClient:
         )
         self.owner, self.unread = os.getpid(), b""
         if self._lines(START_LIMIT) != [READY.encode()]:
-            raise ServerDiedError("the grading server did not start; its error stands above")
+            raise ServerDiedError("the grading server did not start; see its error above")
 
     def grade(self, jobs: list[tuple[str, str]]) -> list[str]:
         """The verdict on each (prediction, truth), canonical texts, in order. A dead server is replaced."""
@@ -79,7 +85,7 @@ class GradingClient:
                     break
                 in_flight[waiting.pop()] = len(line)
                 self.process.stdin.write(line)
-            for reply in self._lines(self.settings[1] + SILENCE_MARGIN):
+            for reply in self._lines(2 * self.wall_limit + SILENCE_MARGIN):
                 i, verdict = json.loads(reply)
                 verdicts[i] = verdict
                 del in_flight[i]

@@ -1,8 +1,10 @@
 """Reward functions, and the one dict that names them.
 
 Each takes a whole batch of rollouts and a `Grader`, so that one batch is one grading call. A main function gives
-format, answer and total, where total is 1 only for a right answer in the right format. The shaped ones at the end of
-the dict only add to a total: list them under `extra_rewards` with a weight.
+format, answer and total, where total is 1 only for a right answer in the right format. The last in the dict only adds
+to a total: list it under `extra_rewards` with a weight.
+
+A response's text holds no end token: engines decode without special tokens. What was sampled is in a rollout's ids.
 """
 
 from __future__ import annotations
@@ -16,47 +18,39 @@ from utils.rewards.grader import Grader, Truth, last_box
 
 RewardFn = Callable[[Sequence[Rollout], Grader], list[Reward]]
 
-THINK_THEN_ANSWER = re.compile(r"</think>(?P<gap>\s*)<answer>(?P<answer>.*)</answer>\s*\Z", re.DOTALL)
+THINK_THEN_ANSWER = re.compile(r"</think> <answer>(?P<answer>.*)</answer>\s*\Z", re.DOTALL)
 TAGS = ("</think>", "<answer>", "</answer>")
 GSM8K_ANSWER = re.compile(r"####[ \t]*(?P<marked>[^\n]*)|<answer>(?P<tagged>(?:(?!<answer>).)*?)</answer>", re.DOTALL)
-# The opening tag may stand in the prompt, so a response may begin inside the reasoning.
-SOFT_XML = re.compile(r"</(?:think|reasoning)>\s*<answer>.*?</answer>", re.DOTALL)
-STRICT_XML = re.compile(
-    r"(?:<(?P<tag>think|reasoning)>\n)?+(?:(?!<answer>).)*?\n</(?(tag)(?P=tag)|(?:think|reasoning))>\n"
-    r"<answer>\n(?:(?!</?answer>).)+\n</answer>\n?\Z",
-    re.DOTALL,
-)
-END_TOKEN = re.compile(r"<\|im_end\|>|<\|endoftext\|>|<\|eot_id\|>|<\|end_of_text\|>|<end_of_turn>|<eos>|</s>")
 PENALTY_PER_END_TOKEN = 0.1
 
 
-def r1_zero_answer(response: str, strict: bool = True) -> str | None:
-    """The answer of a response formatted as `... </think> <answer> ... </answer>`, None where it is not so formatted.
+def r1_zero_answer(response: str) -> str | None:
+    """The answer of a response formatted as `... </think> <answer> ... </answer>`; None if it is not.
 
-    Each tag stands there once and nothing but white space follows. `strict` asks for one space between the two tags.
+    Each tag occurs once, one space separates the two in the middle, and only white space follows.
     """
     if any(response.count(tag) != 1 for tag in TAGS):
         return None
     match = THINK_THEN_ANSWER.search(response)
-    if match is None or (strict and match["gap"] != " "):
+    if match is None:
         return None
     box = last_box(match["answer"])
     return (match["answer"].strip() if box is None else box) or None
 
 
 def question_only_answer(response: str) -> str | None:
-    """What the last balanced `\\boxed{...}` or `\\fbox{...}` holds; None where there is no box, or an empty one."""
+    """What the last balanced `\\boxed{...}` or `\\fbox{...}` holds; None if there is no box, or an empty one."""
     return last_box(response) or None
 
 
 def gsm8k_answer(response: str) -> str | None:
-    """The last `#### x` or `<answer>x</answer>`; None where there is neither."""
+    """The last `#### x` or `<answer>x</answer>`; None if there is neither."""
     answers = [match["marked"] or match["tagged"] or "" for match in GSM8K_ANSWER.finditer(response)]
     return (answers[-1].strip() or None) if answers else None
 
 
 def graded(extract: Callable[[str], str | None]) -> RewardFn:
-    """The reward function that grades what `extract` finds; a response where it finds nothing has no format."""
+    """The reward function that grades what `extract` finds; a response without an answer has no format."""
 
     def reward_fn(rollouts: Sequence[Rollout], grader: Grader) -> list[Reward]:
         answers = [extract(rollout.response) for rollout in rollouts]
@@ -70,45 +64,21 @@ def graded(extract: Callable[[str], str | None]) -> RewardFn:
     return reward_fn
 
 
-def shaped(measure: Callable[[str], float]) -> RewardFn:
-    """The additive reward function whose total is `measure` of the response."""
+def end_token_penalty(rollouts: Sequence[Rollout], grader: Grader) -> list[Reward]:
+    """-0.1 for every end token after the first, at most -1 per response.
 
-    def reward_fn(rollouts: Sequence[Rollout], grader: Grader) -> list[Reward]:
-        return [Reward(format=0.0, answer=0.0, total=measure(rollout.response)) for rollout in rollouts]
-
-    return reward_fn
-
-
-def soft_xml_format(response: str) -> float:
-    """1 where closed reasoning is followed by a closed `<answer>`, whatever the white space and whatever follows."""
-    return float(SOFT_XML.search(response) is not None)
-
-
-def strict_xml_format(response: str) -> float:
-    """1 where every tag has a line of its own, in order, and nothing follows. The first opening tag may be missing."""
-    return float(STRICT_XML.match(response) is not None)
-
-
-def integer_answer(response: str) -> float:
-    """1 where the answer, by whichever marker it is given, is an integer and nothing else."""
-    answer = gsm8k_answer(response) or question_only_answer(response) or ""
-    return float(re.fullmatch(r"[+-]?\d{1,3}(?:,\d{3})+|[+-]?\d+", answer) is not None)
-
-
-def end_token_penalty(response: str) -> float:
-    """-0.1 for every end token after the first, down to -1: a model that fills its length with them has learnt to."""
-    return -min(1.0, PENALTY_PER_END_TOKEN * max(0, len(END_TOKEN.findall(response)) - 1))
+    Engines stop at the first end id that they know. A model whose own end token is not among those (a base model in a
+    chat template ends its turn with `<|im_end|>`) can fill its length with such tokens, and its text shows none.
+    """
+    totals = [-min(1.0, PENALTY_PER_END_TOKEN * max(0, rollout.n_end_tokens - 1)) for rollout in rollouts]
+    return [Reward(format=0.0, answer=0.0, total=total) for total in totals]
 
 
 REWARD_FNS: dict[str, RewardFn] = {
     "r1_zero": graded(r1_zero_answer),
-    "r1_zero_lenient": graded(functools.partial(r1_zero_answer, strict=False)),
     "question_only": graded(question_only_answer),
     "gsm8k": graded(gsm8k_answer),
-    "soft_xml_format": shaped(soft_xml_format),
-    "strict_xml_format": shaped(strict_xml_format),
-    "integer_answer": shaped(integer_answer),
-    "end_token_penalty": shaped(end_token_penalty),
+    "end_token_penalty": end_token_penalty,
 }
 
 
@@ -130,7 +100,7 @@ class RewardScorer:
         self.extras = [(find_reward_fn(name), weight) for name, weight in extra_rewards.items()]
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Reward]:
-        """One Reward a rollout, in order; `format` and `answer` are the main function's."""
+        """One Reward per rollout, in order; `format` and `answer` are the main function's."""
         rewards = self.main(rollouts, self.grader)
         for reward_fn, weight in self.extras:
             extra = reward_fn(rollouts, self.grader)

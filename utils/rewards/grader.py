@@ -105,8 +105,8 @@ def decide_fast(prediction: str, truth: str) -> tuple[str, tuple[str, str] | Non
 class Grader:
     """Grades batches of (prediction, truth) pairs. A context manager; callable from any thread and after a fork.
 
-    `workers` processes are started when the first answer needs them. Each answer has `time_limit` seconds, each
-    process `memory_limit_mb` MiB; an answer that breaks a limit is wrong, and counted.
+    `workers` processes are started when the first answer needs them. Each answer has `time_limit` seconds of processor
+    time, each process `memory_limit_mb` MiB; an answer that breaks a limit is wrong, and counted.
     """
 
     def __init__(self, workers: int = 2, time_limit: float = 1.0, memory_limit_mb: int = 450):

@@ -155,11 +155,11 @@ def open_log(config: Config, resume: bool, state: TrainState, engine_name: str, 
         wandb_tags=t.wandb_tags,
         config=to_dict(config),
         tracker_id=state.tracker_id,
-        resume_at=state.grpo_step if resume else None,
+        resume_at=state.steps_done if resume else None,
         evaluated_at=-1 if state.evaluated_step is None else state.evaluated_step,
     )
     if resume:
-        log.note(what_resume_found(output_dir, state.grpo_step, t.n_grpo_steps))
+        log.note(what_resume_found(output_dir, state.steps_done, t.n_grpo_steps))
     log.note(f"rollouts by the {engine_name} engine")
     for note in notes:
         log.warn(note)

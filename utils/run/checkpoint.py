@@ -34,7 +34,7 @@ class TrainState:
     `random`, the global generators that library code draws from, is captured when the state is made.
     """
 
-    grpo_step: int = 0  # GRPO steps completed
+    steps_done: int = 0  # GRPO steps completed
     optimizer_step: int = 0  # optimizer steps taken
     skipped_in_a_row: int = 0  # optimizer steps skipped since the last one taken (NaN or infinity)
     problem_stream: dict = field(default_factory=dict)
@@ -112,7 +112,7 @@ class Checkpoints:
         Where the step has a checkpoint, its weights are these; only what was learned since then (by an evaluation) is
         put into its state file.
         """
-        final = self.folder / f"step_{state.grpo_step:06d}"
+        final = self.folder / f"step_{state.steps_done:06d}"
         needed = _tensor_bytes([policy.state_dict(), optimizer.state_dict()])
         self.failure = None
         try:
@@ -133,7 +133,7 @@ class Checkpoints:
             there = next(path for path in (self.folder, *self.folder.parents) if path.exists())
             free = shutil.disk_usage(there).free
             self.failure = SaveFailure(
-                state.grpo_step, str(error), needed, free, newest=self.newest(), disk_full=_means_full_disk(error)
+                state.steps_done, str(error), needed, free, newest=self.newest(), disk_full=_means_full_disk(error)
             )
         return self.failure
 

@@ -72,7 +72,7 @@ class Run:
     ) -> None:
         """Close everything. A run that an exception ends says where it can be resumed from; nothing more is saved."""
         if error is not None:
-            step = self.state.grpo_step + 1
+            step = self.state.steps_done + 1
             self.log.warn(f"the run ends with {kind.__name__} in GRPO step {step}. {self._how_to_resume()}")
             self.log.close("failed", f"{kind.__name__}: {error}")
         self.learner.engine.close()
@@ -106,7 +106,7 @@ class Run:
             except OSError as error:
                 self.log.warn(f"the reward curve could not be drawn: {error}")
         self.log.end_progress()
-        self.log.note(f"\n{name} after GRPO step {self.state.grpo_step}: {detail}")
+        self.log.note(f"\n{name} after GRPO step {self.state.steps_done}: {detail}")
         self.log.note("\n".join(closing_lines(output_dir, status)))
         self.log.close(name, detail)
         return status
@@ -118,13 +118,13 @@ class Run:
     def check_engine(self, rollouts: Sequence[Rollout]) -> None:
         """Did the engine sample from the policy's weights? Asked now and then; raises EngineOutOfStep."""
         learner = self.learner
-        self.meter.add(self.engine_check.if_due(learner.engine, learner.policy, rollouts, self.state.grpo_step))
+        self.meter.add(self.engine_check.if_due(learner.engine, learner.policy, rollouts, self.state.steps_done))
 
     def finish_step(
         self, rollouts: Sequence[Rollout], rewards: Sequence[Reward], batch: TrainBatch, update: UpdateResult
     ) -> None:
         """Log a GRPO step that is done, look for trouble in its figures, and make its outcome the run's state."""
-        t, step = self.config.training, self.state.grpo_step + 1
+        t, step = self.config.training, self.state.steps_done + 1
         optimizer_step = self.state.optimizer_step + update.n_optimizer_steps
         metrics = {
             **response_metrics(rollouts, rewards),
@@ -139,12 +139,12 @@ class Run:
         if self._is_due(t.eval_interval, step):
             self.log.rollouts("train", step, rollouts, rewards, batch.advantages.tolist(), n=t.n_rollouts_to_log)
         self.watchers.observe(step, written, self.log)
-        if self.state.grpo_step == 0 and "train_peak_memory_gb" in metrics:
+        if self.state.steps_done == 0 and "train_peak_memory_gb" in metrics:
             self._compare_with_estimate(metrics["train_peak_memory_gb"])
         self.limit.record(step=metrics["step_dt"])
         self.state = replace(
             self.state,
-            grpo_step=step,
+            steps_done=step,
             optimizer_step=optimizer_step,
             skipped_in_a_row=update.skipped_in_a_row(self.state.skipped_in_a_row),
             problem_stream=self.learner.problem_stream.state_dict(),
@@ -155,7 +155,7 @@ class Run:
 
     def evaluate_if_due(self, always: bool = False) -> None:
         """Evaluate before training, every `eval_interval` steps and at the end (or `always`), once a step."""
-        t, step = self.config.training, self.state.grpo_step
+        t, step = self.config.training, self.state.steps_done
         if t.eval_interval is None or self.state.evaluated_step == step or self.should_stop():
             return
         if not (always or self._is_due(t.eval_interval, step)):
@@ -185,7 +185,7 @@ class Run:
 
     def save_if_due(self) -> None:
         """Save every `checkpoint_interval` steps, at a new best, at the end, and again after a save that failed."""
-        interval, step = self.config.training.checkpoint_interval, self.state.grpo_step
+        interval, step = self.config.training.checkpoint_interval, self.state.steps_done
         due = self._is_due(interval, step) or (interval is not None and self.state.best_step == step)
         if step > 0 and (due or self.checkpoints.failure is not None):
             self.save()
@@ -194,7 +194,7 @@ class Run:
         """Save the run's state; a failure is a warning, one a step."""
         earlier = self.checkpoints.failure
         started, learner = time.perf_counter(), self.learner
-        is_best = self.state.best_step == self.state.grpo_step
+        is_best = self.state.best_step == self.state.steps_done
         failure = self.checkpoints.save(self.state, learner.policy, learner.tokenizer, learner.optimizer, is_best)
         if failure is not None and (earlier is None or earlier.grpo_step != failure.grpo_step):
             self.log.warn(str(failure))
@@ -206,7 +206,7 @@ class Run:
         status = None
         if self.should_stop():
             status = Status.STOPPED_BY_SIGNAL
-        elif self.state.grpo_step >= t.n_grpo_steps:
+        elif self.state.steps_done >= t.n_grpo_steps:
             status = Status.FINISHED
         elif self.watchers.want_to_stop:
             status = Status.COLLAPSED
@@ -215,7 +215,7 @@ class Run:
         elif not self.limit.allows_another_step(evaluates=t.eval_interval is not None):
             self.evaluate_if_due(always=True)
             status = Status.TIME_LIMIT
-        if status is not None and self.state.grpo_step > 0:
+        if status is not None and self.state.steps_done > 0:
             self.save()
         return Status.ERROR if status is not None and self.checkpoints.failure is not None else status
 
