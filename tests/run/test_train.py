@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import made_once
 from quickstart_cases import ROOT, command_line, rows, train
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -35,19 +36,16 @@ def without_times(rows: list[dict]) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def finished_run(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("runs") / "whole"
-    done = train(
-        tiny_world,
-        output,
-        "training.min_tokens=0",
-        "training.n_grpo_steps=12",
-        "training.eval_interval=4",
-        "training.checkpoint_interval=5",
-    )
-    assert done.returncode == 0, done.stderr
-    for word in ("metrics.jsonl", "rollouts.jsonl", "checkpoints/last", "checkpoints/best", "reward_curve.png"):
-        assert str(output / word) in done.stdout
-    return output
+    options = ("min_tokens=0", "n_grpo_steps=12", "eval_interval=4", "checkpoint_interval=5")
+
+    def make(folder: Path) -> None:
+        output = folder / "whole"
+        done = train(tiny_world, output, *(f"training.{option}" for option in options))
+        assert done.returncode == 0, done.stderr
+        for word in ("metrics.jsonl", "rollouts.jsonl", "checkpoints/last", "checkpoints/best", "reward_curve.png"):
+            assert str(output / word) in done.stdout
+
+    return made_once(tmp_path_factory, "finished_run", make) / "whole"
 
 
 @pytest.mark.slow
