@@ -41,7 +41,7 @@ def train(run: Run) -> Status:
     from utils.algorithm.losses import compute_advantages
     from utils.seeding import derive_seed
 
-    t, learner, meter = run.config.training, run.learner, run.meter
+    t, learner, meter, tokenizer = run.config.training, run.learner, run.meter, run.learner.tokenizer
     while True:
         run.evaluate_if_due()
         run.save_if_due()
@@ -61,7 +61,8 @@ def train(run: Run) -> Status:
         with meter.phase("grading"):
             scored = learner.scorer.score(rollouts)
         rewards = torch.tensor([reward.total for reward in scored])
-        batch = make_train_batch(rollouts, rewards, compute_advantages(rewards, t), pad_id_of(learner.tokenizer))
+        advantages = compute_advantages(rewards, t)
+        batch = make_train_batch(rollouts, rewards, advantages, pad_id_of(tokenizer), len(tokenizer))
         with meter.phase("train"):
             update = update_policy(learner.policy, learner.optimizer, batch, t, run.state.steps_done, run.should_stop)
         if update.abandoned:  # asked to stop: the state is still that of the last whole step

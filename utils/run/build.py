@@ -32,8 +32,9 @@ from utils.rewards.grader import Grader
 from utils.run.checkpoint import Checkpoints, TrainState
 from utils.run.ending import StopRequest, TimeLimit
 from utils.run.engine_check import EngineCheck
+from utils.run.learner import Learner
 from utils.run.memory_tracker import MemoryTracker
-from utils.run.run import Learner, Run
+from utils.run.run import Run
 from utils.run.step_meter import StepMeter
 from utils.run.trial import try_longest_microbatch
 from utils.run.watchers import Watchers

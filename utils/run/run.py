@@ -9,9 +9,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
-import torch
-from transformers import PreTrainedTokenizerBase
-
 from configs.defaults import Config
 from utils.algorithm.batch import TrainBatch
 from utils.algorithm.losses import zero_std_groups
@@ -19,29 +16,16 @@ from utils.algorithm.statistics import UpdateResult
 from utils.log.run_log import RunLog
 from utils.plots.figures import reward_curve
 from utils.preflight.machine import estimated_memory
-from utils.problems import ProblemStream
-from utils.records import Prompt, Reward, Rollout, RolloutEngine
-from utils.rewards.functions import RewardScorer
+from utils.records import Prompt, Reward, Rollout
 from utils.run.checkpoint import Checkpoints, TrainState
 from utils.run.closing import closing_lines
 from utils.run.ending import Status, StopRequest, TimeLimit
 from utils.run.engine_check import EngineCheck
 from utils.run.evaluate import evaluate, response_metrics
+from utils.run.learner import Learner
 from utils.run.step_meter import StepMeter
 from utils.run.watchers import Watchers
 from utils.seeding import capture_random_state, derive_seed
-
-
-@dataclass
-class Learner:
-    """What a GRPO step needs."""
-
-    policy: torch.nn.Module
-    tokenizer: PreTrainedTokenizerBase
-    optimizer: torch.optim.Optimizer
-    engine: RolloutEngine
-    scorer: RewardScorer
-    problem_stream: ProblemStream
 
 
 @dataclass
@@ -117,8 +101,7 @@ class Run:
 
     def check_engine(self, rollouts: Sequence[Rollout]) -> None:
         """Did the engine sample from the policy's weights? Asked now and then; raises EngineOutOfStep."""
-        learner = self.learner
-        self.meter.add(self.engine_check.if_due(learner.engine, learner.policy, rollouts, self.state.steps_done))
+        self.meter.add(self.engine_check.if_due(self.learner, rollouts, self.state.steps_done))
 
     def finish_step(
         self, rollouts: Sequence[Rollout], rewards: Sequence[Reward], batch: TrainBatch, update: UpdateResult
