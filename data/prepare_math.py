@@ -46,7 +46,7 @@ def prepare(options: argparse.Namespace) -> None:
 
 
 def raw_rows(folder: Path, split: str) -> Rows:
-    """The rows of a split's JSONL file, or of its folder of one JSON file a problem, by subject and number."""
+    """The rows of a split's JSONL file, or of its folder of one JSON file per problem, by subject and number."""
     names = JSONL_NAMES[split]
     found = [folder / name for name in names if (folder / name).is_file()]
     if len(found) > 1:

@@ -29,7 +29,7 @@ METRICS: dict[str, str] = {
     "eval/format_reward": "share of those responses in the asked-for format",
     "eval/answer_reward": "share of those responses with the right answer",
     "eval/reward_std_error": "standard error of `eval/reward` over the problems",
-    "eval/mean_response_length": "tokens a response in the evaluation",
+    "eval/mean_response_length": "tokens per response in the evaluation",
     "eval/frac_truncated": "share of the evaluation's responses that ran into `max_tokens`",
     "train/loss": "the loss, mean over the step's optimizer steps; about 0 on-policy, where advantages cancel out",
     "train/grad_norm": "total gradient norm before clipping, mean over the step's optimizer steps",
@@ -42,14 +42,14 @@ METRICS: dict[str, str] = {
     "train/answer_reward": "mean answer reward of the rollouts",
     "train/reward_std": "standard deviation of the rollouts' rewards",
     "train/frac_zero_std_groups": "share of groups whose rewards are all equal: they teach nothing",
-    "train/mean_response_length": "tokens a response",
+    "train/mean_response_length": "tokens per response",
     "train/frac_truncated": "share of responses that ran into `max_tokens`",
     "train/entropy": "mean entropy of the next-token predictions over the tokens trained on, nats",
     "train/mean_ratio": "mean of policy over old probability of a token trained on; 1 on-policy",
     "train/clip_fraction": "share of the tokens trained on where clipping changed the objective",
-    "train/sampler_kl": "KL(sampler || trainer) by the estimator r - 1 - log r, nats, mean over the tokens trained on: "
-    "of all optimizer steps where the loss needs old log-probs, else of the first; where the first trains on nothing, "
-    "of one microbatch of it",
+    "train/sampler_kl": "KL(sampler || trainer) by the estimator r - 1 - log r, nats. Averaged over trained tokens. "
+    "Losses with a ratio: all optimizer steps. Other losses: the first step only. If that step trains nothing: one of "
+    "its microbatches",
     "train/sampler_max_diff": "largest absolute difference of sampler and trainer log-probs on these tokens, nats; up "
     "to `min_tokens` they differ by the end ids, which the sampler may not take there",
     "train/frac_weights_moved": "share of the weights that the step changed, from up to 65,536 of each tensor",
