@@ -50,7 +50,7 @@ def test_the_reference_run_learns_something(world, reference):
 
 def test_validation_that_is_trained_on_is_reported_before_the_first_step(reference):
     lines = printed_file(reference).read_text().splitlines()
-    (place,) = [i for i, line in enumerate(lines) if "20 of 20 validation problems" in line]
+    (place,) = [i for i, line in enumerate(lines) if "in the training data: 20 of 20" in line]
     assert place < next(i for i, line in enumerate(lines) if "reward" in line)
 
 

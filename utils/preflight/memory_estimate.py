@@ -8,8 +8,8 @@ from configs.defaults import Config
 
 GIB = 2**30
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
-# What the CUDA context, the libraries' workspaces and the allocator's unused gaps take beside tensors: an allowance,
-# not a measurement.
+# For what no tensor holds: the CUDA context, the libraries' workspaces and gaps in the allocator. An allowance, not a
+# measurement.
 CUDA_ALLOWANCE = 1 * GIB
 
 
@@ -17,7 +17,7 @@ def count_parameters(model_config: dict[str, Any]) -> dict[str, int]:
     """Parameters of a Qwen2- or Llama-like model by part, from its config.json: `embeddings` (head included),
     `layers`, and their `total`. Biases and norms, well under a thousandth, are counted as Qwen2 has them.
 
-    Raises ValueError where the config lacks a size that the count needs.
+    Raises ValueError if the config lacks a size that the count needs.
     """
     sizes = _sizes(model_config)
     hidden, intermediate, q, kv = sizes["hidden"], sizes["intermediate"], sizes["q"], sizes["kv"]
@@ -41,7 +41,7 @@ def estimate_peak_memory(
         model_config: config.json as a dict, of a Qwen2- or Llama-like model.
         config: the run's configuration.
         longest_sequence: tokens of the longest prompt and response together.
-        device_memory: bytes that the GPU has in all, which vLLM takes a share of; None on the CPU.
+        device_memory: bytes of the GPU's whole memory, of which vLLM takes a share; None on the CPU.
         uses_vllm: whether the rollout engine is vLLM.
 
     Returns:
@@ -76,23 +76,27 @@ def estimate_peak_memory(
     return parts
 
 
+NAMES = {  # in a config.json
+    "vocabulary": "vocab_size",
+    "hidden": "hidden_size",
+    "intermediate": "intermediate_size",
+    "n_layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+}
+
+
 def _sizes(model_config: dict[str, Any]) -> dict[str, int]:
     """The sizes that a config.json gives, under short names; `q` and `kv` are the widths of queries and of keys."""
-    text_config = model_config.get("text_config", model_config)
-    try:
-        heads = text_config["num_attention_heads"]
-        head_dim = text_config.get("head_dim") or text_config["hidden_size"] // heads
-        return {
-            "vocabulary": text_config["vocab_size"],
-            "hidden": text_config["hidden_size"],
-            "intermediate": text_config["intermediate_size"],
-            "n_layers": text_config["num_hidden_layers"],
-            "heads": heads,
-            "q": heads * head_dim,
-            "kv": (text_config.get("num_key_value_heads") or heads) * head_dim,
-        }
-    except KeyError as error:
-        raise ValueError(f"the model's config.json has no {error}, so its memory cannot be estimated") from error
+    text_config = model_config.get("text_config") or model_config
+    for name in NAMES.values():
+        if name not in text_config:
+            raise ValueError(f"the model's config.json has no {name!r}, so its memory cannot be estimated")
+        if not isinstance(text_config[name], int) or text_config[name] < 1:
+            raise ValueError(f"the model's config.json has {name} = {text_config[name]!r}, which is no size")
+    sizes = {short: text_config[name] for short, name in NAMES.items()}
+    head_dim = text_config.get("head_dim") or sizes["hidden"] // sizes["heads"]
+    kv_heads = text_config.get("num_key_value_heads") or sizes["heads"]
+    return sizes | {"q": sizes["heads"] * head_dim, "kv": kv_heads * head_dim}
 
 
 def _activations(sizes: dict[str, int], config: Config, n_tokens: int, longest_sequence: int, n_parameters: int) -> int:
