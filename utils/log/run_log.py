@@ -16,6 +16,7 @@ from utils.log.files import (
     STATUS_FILE,
     STATUSES,
     WARNINGS_FILE,
+    CannotWrite,
     cut_rows,
     encode_row,
     write_atomically,
@@ -158,40 +159,51 @@ class RunLog:
         self._console.close()
 
     def warn(self, text: str) -> None:
-        """Print a warning and keep it in warnings.jsonl."""
+        """Print a warning and keep it in warnings.jsonl, unless the disk is full: then it is on the console alone."""
         self._console.line(f"warning: {text}", style="yellow")
         row = {"grpo_step": self._grpo_step, "time": round(self.time, 3), "warning": text}
-        with (self._output_dir / WARNINGS_FILE).open("a") as file:
+        with contextlib.suppress(OSError), (self._output_dir / WARNINGS_FILE).open("a") as file:
             file.write(encode_row(row) + "\n")
 
     def close(self, status: str, detail: str = "") -> None:
         """Write status.json and let go of terminal, files and tracker. Called again, it does nothing.
 
-        `status` says how the run ended: finished, collapsed, interrupted, time_limit or failed.
+        `status` says how the run ended: finished, collapsed, interrupted, time_limit or failed. Raises CannotWrite
+        if status.json cannot be written, after the rest is closed.
         """
         if status not in STATUSES:
             raise ValueError(f"status {status!r} is none of {', '.join(STATUSES)}")
         if not self._files:
             return
         row = {"status": status, "grpo_step": self._grpo_step, "time": round(self.time, 3), "detail": detail}
-        write_atomically(self._output_dir / STATUS_FILE, encode_row(row) + "\n")
-        for file in self._files.values():
-            file.close()
-        self._files = {}
-        self._console.close()
-        with self._tracker_may_fail():
-            self._tracker.close(status)
+        files, self._files = self._files, {}
+        try:
+            write_atomically(self._output_dir / STATUS_FILE, encode_row(row) + "\n")
+        finally:
+            for file in files.values():
+                with contextlib.suppress(OSError):  # what a full disk refused before is refused again
+                    file.close()
+            self._console.close()
+            with self._tracker_may_fail():
+                self._tracker.close(status)
 
     def __enter__(self) -> RunLog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
         status = "finished" if kind is None else "interrupted" if kind is KeyboardInterrupt else "failed"
-        self.close(status, "" if error is None else f"{kind.__name__}: {error}")
+        try:
+            self.close(status, "" if error is None else f"{kind.__name__}: {error}")
+        except CannotWrite:
+            if error is None:
+                raise
 
     def _write(self, file_name: str, row: dict[str, Any]) -> None:
-        self._files[file_name].write(encode_row(row) + "\n")
-        self._files[file_name].flush()
+        try:
+            self._files[file_name].write(encode_row(row) + "\n")
+            self._files[file_name].flush()
+        except OSError as error:
+            raise CannotWrite(self._output_dir / file_name, error) from error
 
     def _write_metrics(self, axis: dict[str, int], metrics: dict[str, float]) -> None:
         values = {name: int(v) if name == "optimizer_step" else float(v) for name, v in metrics.items()}
