@@ -53,8 +53,8 @@ def encode_row(row: Row) -> str:
 def read_rows(path: Path) -> tuple[list[Row], list[str]]:
     """The rows of a JSONL file, and a complaint for each line that isn't one (say, cut off by a crash).
 
-    JSON is strict here: NaN, Infinity and a number as large as 1e999 make a line no row, as readers elsewhere, such as
-    a browser, cannot take them.
+    JSON is strict here: a line with NaN, Infinity or a number as large as 1e999 is no row, because other readers, such
+    as a browser, cannot read it.
     """
     rows, complaints = [], []
     with path.open("rb") as file:
@@ -188,7 +188,7 @@ def earlier_launches(output_dir: Path) -> list[Any]:
 
 
 def package_versions() -> dict[str, str | None]:
-    """Installed versions, from the packages' metadata: nothing is imported. None is not installed."""
+    """Installed versions, from the packages' metadata: nothing is imported. None if a package is not installed."""
     versions: dict[str, str | None] = dict.fromkeys(PACKAGES)
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -197,7 +197,7 @@ def package_versions() -> dict[str, str | None]:
 
 
 def git_state(folder: Path) -> dict[str, Any]:
-    """The commit that a folder stands at, and whether its tracked files differ from it; None where git can't say."""
+    """The commit that a folder is at, and whether its tracked files differ from it; None if git can't say."""
     state: dict[str, Any] = {"commit": None, "dirty": None}
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         git = ["git", "-C", str(folder)]

@@ -1,4 +1,4 @@
-"""What a run says while it trains: the console, the JSONL files, and the tracker."""
+"""What a run writes while it trains: the console, the JSONL files, and the tracker."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ class RunLog:
         resume_at: int | None = None,
         evaluated_at: int | None = None,
     ) -> None:
-        """Open the files of `output_dir`, made if need be.
+        """Open the files of `output_dir`, which is made if it is absent.
 
-        `resume_at=k` goes on after GRPO step k, last evaluated at step `evaluated_at` (-1: not yet; None: at k): later
-        rows and rollouts are cut, so that each stands once, while warnings stay. `tracker_id` is the `tracker_id` of
-        the run that is resumed. Raises FileExistsError if metrics are there already and `resume_at` is None.
+        `resume_at=k` goes on after GRPO step k, last evaluated at step `evaluated_at` (-1: not yet; None: at k). Later
+        rows and rollouts are cut, so that each step is there once; warnings stay. `tracker_id` is the `tracker_id` of
+        the run that is resumed. Raises FileExistsError if the folder has metrics although `resume_at` is None.
         """
         self._output_dir = Path(output_dir)
         self._output_dir.mkdir(parents=True, exist_ok=True)
@@ -93,12 +93,12 @@ class RunLog:
 
     @property
     def tracker_id(self) -> str | None:
-        """What a resumed run passes as `tracker_id`; None without a tracker."""
+        """What a resumed run passes as `tracker_id`; None if there is no tracker."""
         return self._tracker.run_id
 
     @property
     def time(self) -> float:
-        """Seconds this run has been running, its resumed parts added up."""
+        """Seconds that this run has been running, over all its resumed parts."""
         return time.monotonic() - self._started
 
     def train_step(self, grpo_step: int, metrics: dict[str, float]) -> dict[str, float]:
@@ -155,7 +155,7 @@ class RunLog:
         self._console.line(text)
 
     def end_progress(self) -> None:
-        """End the progress bar where it is; lines that follow stand below it."""
+        """End the progress bar where it is; later lines come below it."""
         self._console.close()
 
     def warn(self, text: str) -> None:
@@ -214,7 +214,7 @@ class RunLog:
 
     @contextlib.contextmanager
     def _tracker_may_fail(self) -> Iterator[None]:
-        """A tracker that fails is warned of once and left alone from then on."""
+        """If the tracker fails, warn once and go on without it."""
         try:
             yield
         except tracker_errors() as error:

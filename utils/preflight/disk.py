@@ -1,4 +1,4 @@
-"""Does a checkpoint fit on the disk? Told from the model's config.json, before anything is loaded."""
+"""Does a checkpoint fit on the disk? Computed from the model's config.json, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def too_little_space(config: Config, model_config: dict[str, Any] | None) -> Ite
     try:
         needed = checkpoint_bytes(model_config or {}, config.training)
     except ValueError:
-        return  # a model of another kind, or one that is not here yet: what cannot be told is no obstacle
+        return  # a model of another kind, or one that is not on this machine yet: its size is unknown
     folder = Path(config.paths.output_dir)
     existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     free = shutil.disk_usage(existing).free

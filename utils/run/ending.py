@@ -104,29 +104,29 @@ def leave_lost_terminal() -> None:
 
 
 class TimeLimit:
-    """Ends a run early enough for its last evaluation and save, going by how long each has taken lately.
+    """Ends a run early enough for its last evaluation and save, judging by how long each took recently.
 
-    Make it when the program starts, as loading counts.
+    Make it when the program starts, because loading counts.
     """
 
-    RECENT = 3  # the longest of so many counts, so that one slow first step is forgotten
-    MARGIN = 1.1  # responses, and with them steps, grow longer
+    RECENT = 3  # the longest of this many counts, so that one slow first step is forgotten
+    MARGIN = 1.1  # because responses, and steps with them, may grow longer
 
     def __init__(self, max_hours: float | None, clock: Callable[[], float] = time.monotonic) -> None:
-        """`max_hours` None is no limit."""
+        """`max_hours` None means no limit."""
         self._clock = clock
         self._deadline = None if max_hours is None else clock() + 3600 * max_hours
         self._recent: dict[str, deque[float]] = {}
 
     def record(self, **seconds: float) -> None:
-        """Note how long a `step`, an `evaluation` or a `save` took: `record(step=41.5, save=3.2)`."""
+        """Note how many seconds a `step`, an `evaluation` or a `save` took: `record(step=41.5, save=3.2)`."""
         for kind, duration in seconds.items():
             self._recent.setdefault(kind, deque(maxlen=self.RECENT)).append(duration)
 
     def allows_another_step(self, evaluates: bool = True) -> bool:
         """Whether a step, an evaluation (if the run `evaluates`) and a save still fit.
 
-        What was never measured is taken to last as long as a step; before the first step, nothing is known to last.
+        A duration that was never measured counts as long as a step. Before the first step it counts as 0.
         """
         if self._deadline is None:
             return True
