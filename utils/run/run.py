@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from configs.defaults import Config
 from utils.algorithm.batch import TrainBatch
 from utils.algorithm.losses import zero_std_groups
 from utils.algorithm.statistics import UpdateResult
+from utils.log.files import CannotWrite
 from utils.log.run_log import RunLog
 from utils.plots.figures import reward_curve
 from utils.preflight.machine import estimated_memory
@@ -56,9 +58,11 @@ class Run:
     ) -> None:
         """Close everything. A run that an exception ends says where it can be resumed from; nothing more is saved."""
         if error is not None:
-            step = self.state.steps_done + 1
-            self.log.warn(f"the run ends with {kind.__name__} in GRPO step {step}. {self._how_to_resume()}")
-            self.log.close("failed", f"{kind.__name__}: {error}")
+            if not isinstance(error, CannotWrite):  # which `main` reports
+                step = self.state.steps_done + 1
+                self.log.warn(f"the run ends with {kind.__name__} in GRPO step {step}. {self.how_to_resume()}")
+            with contextlib.suppress(CannotWrite):
+                self.log.close("failed", f"{kind.__name__}: {error}")
         self.learner.engine.close()
         self.learner.scorer.grader.close()
         self.lock.close()
@@ -216,7 +220,8 @@ class Run:
                 estimate = f"unknown ({error})"
             self.log.note(f"peak memory while training: {measured_gb:.2f} GB; the longest case, estimated: {estimate}")
 
-    def _how_to_resume(self) -> str:
+    def how_to_resume(self) -> str:
+        """What there is to go on from after a run that ended without a save."""
         newest = self.checkpoints.newest()
         if newest is None:
             return "No checkpoint was saved yet: --resume begins anew"
