@@ -21,13 +21,15 @@ from latex2sympy2_extended.latex2sympy2 import ConversionConfig, _Latex2Sympy
 from sympy.core.function import AppliedUndef
 
 from utils.rewards.limits import refusal
-from utils.rewards.numbers import approximates, parse_number
+from utils.rewards.numbers import approximates, parse_number, rounds_to
 from utils.rewards.slashes import group_slashes
 
 Number = Fraction | mpmath.mpf | mpmath.mpc
 
 DIGITS = 60
-TOLERANCE = mpmath.mpf(10) ** -40
+MORE_DIGITS = 320  # what decides whether a tiny difference is one, or rounding
+TOLERANCE = mpmath.mpf(10) ** -40  # of values that DIGITS give
+FINE_TOLERANCE = mpmath.mpf(10) ** -240  # of values that MORE_DIGITS give
 MAX_EXACT_BITS = 20_000
 MAX_EXPONENT = 10**6
 MAX_FACTORIAL = 1_000
@@ -58,6 +60,13 @@ class _Parser(_Latex2Sympy):
         if value is None:
             raise UnsupportedError(f"number {text[:40]}")
         return sympy.Rational(value.numerator, value.denominator)
+
+    def convert_postfix_list(self, factors: list, start: int = 0) -> sympy.Expr:
+        """A product. The converter's own rule for mixed numbers makes 2(3) a 5; `group_slashes` wrote them as sums."""
+        values = [self.convert_postfix(factor) for factor in factors[start:]]
+        if not all(isinstance(value, sympy.Expr) for value in values):
+            raise UnsupportedError("no product of expressions")
+        return functools.reduce(self.mul_flat, values)
 
     def convert_binom(self, binom: object) -> sympy.Expr:
         return sympy.binomial(self.convert_expr(binom.upper), self.convert_expr(binom.lower), evaluate=False)
@@ -204,6 +213,7 @@ def _combine(values: list[Number], operation: Callable[[Number, Number], Number]
 
 
 def _close(one: Number, other: Number) -> bool:
+    """Whether two values may be equal: their difference is small, beside them or beside 1."""
     if isinstance(one, Fraction) and isinstance(other, Fraction):
         return one == other
     one, other = _mp(one), _mp(other)
@@ -211,21 +221,50 @@ def _close(one: Number, other: Number) -> bool:
 
 
 @functools.lru_cache(maxsize=1024)
-def _value(formula: str, trial: int) -> Number:
+def _value(formula: str, trial: int, digits: int = DIGITS) -> Number:
+    """The value at the point of a trial. Raises UnsupportedError."""
     try:
-        return evaluate(parse(formula), trial)
+        with mpmath.workdps(digits):
+            return evaluate(parse(formula), trial)
     except (ZeroDivisionError, OverflowError, TypeError, ValueError) as error:
         raise UnsupportedError(str(error)) from error
+
+
+def _same_at(one: str, other: str, trial: int) -> bool:
+    """Whether two formulas have the same value at the point of a trial.
+
+    `e^{-100}` and 0 are close, and so are `1+e^{-100}` and 1. With more digits a difference stays if it is one, and
+    shrinks with the precision if it is rounding, as in `\\sqrt{2}^2-2`.
+    """
+    values = _value(one, trial), _value(other, trial)
+    if not _close(*values):
+        return False
+    if all(isinstance(value, Fraction) for value in values):
+        return True
+    with mpmath.workdps(MORE_DIGITS):
+        finer = _mp(_value(one, trial, MORE_DIGITS)), _mp(_value(other, trial, MORE_DIGITS))
+        rough, fine = abs(_mp(values[0]) - _mp(values[1])), abs(finer[0] - finer[1])
+        return fine <= FINE_TOLERANCE * max(map(abs, finer)) or fine <= TOLERANCE * rough
 
 
 def _names(formula: str) -> set[str]:
     return {symbol.name for symbol in parse(formula).free_symbols} - {"i"}
 
 
-def _approximates(decimal: str, value: Number) -> bool:
-    if "." not in decimal or (isinstance(value, mpmath.mpc) and value.imag):
-        return False
-    return approximates(decimal, Fraction(mpmath.nstr(mpmath.re(_mp(value)), DIGITS - 10)))
+def _real_value(formula: str) -> Fraction | None:
+    """The value of a formula as a fraction, good to DIGITS - 10 digits; None if it is not real or holds variables."""
+    value = _value(formula, 0)
+    if _names(formula) or (isinstance(value, mpmath.mpc) and value.imag):
+        return None
+    return value if isinstance(value, Fraction) else Fraction(mpmath.nstr(mpmath.re(value), DIGITS - 10))
+
+
+def _approximates(decimal: str, formula: str) -> bool:
+    return "." in decimal and (value := _real_value(formula)) is not None and approximates(decimal, value)
+
+
+def _rounds_to(formula: str, decimal: str) -> bool:
+    return (value := _real_value(formula)) is not None and rounds_to(value, decimal)
 
 
 class PointAlgebra:
@@ -235,29 +274,29 @@ class PointAlgebra:
         self.refused = False
 
     def equal(self, one: str, other: str) -> bool:
-        with mpmath.workdps(DIGITS):
-            try:
-                return _equal(one, other)
-            except UnsupportedError:
-                self.refused = True
-                return False
+        return self._decide(_equal, one, other)
 
     def proportional(self, one: tuple[str, str], other: tuple[str, str], positive: bool) -> bool:
+        return self._decide(_proportional, one, other, positive)
+
+    def rounds_to(self, formula: str, decimal: str) -> bool:
+        return self._decide(_rounds_to, formula, decimal)
+
+    def _decide(self, decide: Callable[..., bool], *formulas: object) -> bool:
         with mpmath.workdps(DIGITS):
             try:
-                return _proportional(one, other, positive)
+                return decide(*formulas)
             except UnsupportedError:
                 self.refused = True
                 return False
 
 
 def _equal(one: str, other: str) -> bool:
-    value, other_value = _value(one, 0), _value(other, 0)
-    if _close(value, other_value):
-        return all(_close(_value(one, trial), _value(other, trial)) for trial in range(1, POINTS))
+    if _same_at(one, other, 0):
+        return all(_same_at(one, other, trial) for trial in range(1, POINTS))
     if _names(one) or _names(other):
         return False
-    return _approximates(one, other_value) or _approximates(other, value)
+    return _approximates(one, other) or _approximates(other, one)
 
 
 def _proportional(one: tuple[str, str], other: tuple[str, str], positive: bool) -> bool:

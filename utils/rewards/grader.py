@@ -47,6 +47,9 @@ class _NoAlgebra:
     def proportional(self, one: tuple[str, str], other: tuple[str, str], positive: bool) -> bool:
         return self._ask(*one, *other)
 
+    def rounds_to(self, formula: str, decimal: str) -> bool:
+        return self._ask(formula)
+
     def _ask(self, *formulas: str) -> bool:
         if not any(map(refusal, formulas)):
             raise NeedsAlgebraError

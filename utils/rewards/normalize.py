@@ -46,6 +46,7 @@ RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n")
 LOWERED = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 DEGREE = r"\^\s*\{?\s*\\(?:circ|degree)(?![a-zA-Z])\s*\}?|\\degree(?![a-zA-Z])"
 ANGLE_FUNCTIONS = "sin|cos|tan|sec|csc|cot"
+ABOUT = r"(?<![a-zA-Z\\])(?:approximately|approx|about|roughly)\.?"
 FUNCTIONS = "arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|sec|csc|cot|log|ln|exp|gcd|lcm|max|min|det"
 
 
@@ -88,6 +89,11 @@ REWRITES = _rules(
     (r"\\rbrace(?![a-zA-Z])", r"\\}"),
     (r"\\(?:lbrack)(?![a-zA-Z])", "["),
     (r"\\(?:rbrack)(?![a-zA-Z])", "]"),
+    (r"\\langle(?![a-zA-Z])", "("),
+    (r"\\rangle(?![a-zA-Z])", ")"),
+    (r"\\(?:approxeq|simeq|cong|doteq)(?![a-zA-Z])", r"\\approx "),
+    (rf"\\text\{{\s*(\(?)\s*{ABOUT}\s*\}}|(\(?){ABOUT}(?=\s*[-0-9.])", r"\1\2\\approx "),
+    (r"(?<=[0-9}])\s*\\text\{\s*to\s*\}\s*(?=[0-9\\])|(?<=[0-9])\s+to\s+(?=[0-9])", ":"),
     (r"\\(?:infin|infty)(?![a-zA-Z])|(?<![a-zA-Z\\])infinity(?![a-zA-Z])", r"\\infty "),
     (r"\+\s*\\infty", r"\\infty"),
     (r"\\(?:varnothing|emptyset)(?![a-zA-Z])|\\\{\s*\\\}", r"\\emptyset "),
@@ -103,7 +109,7 @@ REWRITES = _rules(
     (r"\\(?:lor|vee)(?![a-zA-Z])", r"\\text{ or }"),
     (r"\\&", r"\\text{ and }"),
     # What people type instead of LaTeX.
-    (rf"(?<![a-zA-Z\\])({FUNCTIONS})(?![a-zA-Z])", r"\\\1 "),
+    (rf"(?<![a-zA-Z\\])(?!(?:sec|min)\.?\s*(?:/|$))({FUNCTIONS})(?![a-zA-Z])", r"\\\1 "),  # 5 sec: no secant
     (r"(?<![a-zA-Z\\])(sqrt|pi|theta|alpha|beta)(?![a-zA-Z])", r"\\\1 "),
     (r"(?<=[0-9a-zA-Z])_([0-9]{2,})", r"_{\1}"),
     (r"_\s*\{?\s*\\text\{\s*(?:base)?\s*([^{}]*?)\s*\}\s*\}?", r"_{\1}"),
@@ -219,4 +225,5 @@ def canonical(text: str) -> str:
     for pattern, replacement in REWRITES:
         text = pattern.sub(replacement, text)
     text = _Bracer(text).write()
-    return re.sub(r"\s+", " ", unwrap(text)).strip()
+    text = re.sub(r"\s+", " ", unwrap(text)).strip().removeprefix("\\approx").strip()
+    return re.sub(r"^<([^<>=]+,[^<>=]+)>$", r"(\1)", text)
