@@ -12,6 +12,7 @@ from typing import Protocol
 
 from utils.rewards.intervals import AND, as_condition, named_interval
 from utils.rewards.limits import MAX_LIST_ITEMS, MAX_MATRIX_CELLS
+from utils.rewards.matrices import MATRIX, is_determinant, matrix_rows
 from utils.rewards.numbers import parse_number
 from utils.rewards.plain import same_numbers, same_text, same_words
 from utils.rewards.ratios import are_times, same_ratio, same_time
@@ -43,9 +44,6 @@ class Algebra(Protocol):
 
 
 IN_BASE = re.compile(r"-?[0-9][0-9A-Za-z.]*_\{[^{}]*\}|-?[0-9A-F.]+_\{[0-9]+\}")
-MATRIX = re.compile(
-    r"\\begin ?\{(?P<kind>[a-zA-Z]*matrix|array)\} ?(?:\{[^{}]*\})?(?P<body>.*)\\end ?\{(?P=kind)\}", re.S
-)
 UNORDERED = ("list", "braces", "set", "union")
 OR = {"or", "\\text{or}"}
 
@@ -156,8 +154,8 @@ class _Collection:
         name, value = named_value(single)
         if name:
             return self.equals(_Collection(value), algebra)
-        if self.kind == "()" and (matrix := MATRIX.fullmatch(single)) and not _is_determinant(matrix):
-            rows = _matrix_rows(matrix)
+        if self.kind == "()" and (matrix := MATRIX.fullmatch(single)) and not is_determinant(matrix):
+            rows = matrix_rows(matrix)
             return all(len(row) == 1 for row in rows) and _same_in_order(
                 self.members, [row[0] for row in rows], algebra
             )
@@ -281,18 +279,10 @@ def _same_two_sides(one: tuple[list[str], str], other: tuple[list[str], str], al
     return algebra.proportional(tuple(left), tuple(right), positive=not symmetric)
 
 
-def _is_determinant(matrix: re.Match[str]) -> bool:
-    return "vmatrix" in matrix["kind"].lower()
-
-
-def _matrix_rows(matrix: re.Match[str]) -> list[list[str]]:
-    return [split_top(row, {"&"})[0] for row in split_top(matrix["body"], {"\\\\"})[0] if row]
-
-
 def _same_matrix(one: re.Match[str], other: re.Match[str], algebra: Algebra) -> bool:
-    if _is_determinant(one) != _is_determinant(other):
+    if is_determinant(one) != is_determinant(other):
         return False
-    rows = _matrix_rows(one), _matrix_rows(other)
+    rows = matrix_rows(one), matrix_rows(other)
     if [len(row) for row in rows[0]] != [len(row) for row in rows[1]] or sum(map(len, rows[0])) > MAX_MATRIX_CELLS:
         return False
     return all(_same_in_order(left, right, algebra) for left, right in zip(*rows, strict=True))
