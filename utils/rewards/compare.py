@@ -144,7 +144,7 @@ class _Collection:
         return all(split_top(member, set(FLIPPED))[1] for member in self.members)
 
     def _named(self) -> bool:
-        """Whether the members belong to different names, so that their order counts where names are left out."""
+        """Whether the members belong to different names, so that their order counts if names are left out."""
         return len({named_value(member)[0] for member in self.members} - {""}) > 1
 
     def _versus_single(self, single: str, algebra: Algebra) -> bool:

@@ -18,7 +18,7 @@ class TooDeepError(ValueError):
 
 
 def _symbol_table() -> dict[int, str]:
-    """Unicode mathematics -> LaTeX: pylatexenc's table where it is about mathematics, ours where it is not."""
+    """Unicode mathematics -> LaTeX: pylatexenc's table for what is mathematics, and ours for the rest."""
     prefix, suffix = "\\ensuremath{", "}"
     table = {
         code: f"{latex.removeprefix(prefix).removesuffix(suffix)} "
@@ -54,14 +54,14 @@ def _rules(*rules: tuple[str, str]) -> list[tuple[re.Pattern[str], str]]:
     return [(re.compile(pattern), replacement) for pattern, replacement in rules]
 
 
-# In this order. A macro's name ends where no letter follows.
+# In this order. A macro's name ends if no letter follows.
 REWRITES = _rules(
     (r"\\(?:[dtc]frac)(?![a-zA-Z])", r"\\frac"),
     (r"\\[dt]binom(?![a-zA-Z])", r"\\binom"),
     (r"\\(?:left|right|middle)\s*\.", ""),
     (r"\\(?:left|right|middle|[bB]igg?[lrm]?|displaystyle|textstyle|scriptstyle|limits|nolimits)(?![a-zA-Z])", ""),
     (r"\\(?:phantom|hspace\*?|vspace\*?|label|tag\*?)\s*\{[^{}]*\}", " "),
-    # Thousands: 1{,}234 and 1,\!234 and 1\,234 are one number; a bare comma is judged where numbers are read.
+    # Thousands: 1{,}234 and 1,\!234 and 1\,234 are one number; a bare comma is judged when numbers are read.
     (r"(?<=[0-9])(?:\{,\}|,\s*\\!|\\,|\\ )\s*(?=[0-9]{3}(?![0-9]))", ""),
     (r"\\!", ""),
     (r"(?<!\\)\\[,;:> ]|~|\\(?:quad|qquad|enspace|thinspace|medspace)(?![a-zA-Z])", " "),
@@ -126,7 +126,7 @@ ARGUMENTS = {"\\frac": 2, "\\binom": 2, "\\sqrt": 1, "^": 1, "_": 1}
 
 
 def unwrap(text: str) -> str:
-    """Take off what stands around an answer: math delimiters, Markdown, boxes, `the answer is`, a full stop."""
+    """Remove what surrounds an answer: math delimiters, Markdown, boxes, `the answer is`, a full stop."""
     previous = None
     while previous != text:
         previous = text

@@ -21,7 +21,7 @@ def same_text(prediction: str, truth: str) -> bool:
 
 
 def same_numbers(prediction: str, truth: str) -> bool | None:
-    """Whether two numbers are equal, units and all; None where one of them is no number."""
+    """Whether two numbers are equal, units included; None if one of them is no number."""
     (value, unit), (true_value, true_unit) = _split_words(prediction), _split_words(truth)
     one, other = _number(value), _number(true_value)
     if one is None or other is None:
@@ -66,7 +66,7 @@ def _surely_words(text: str) -> bool:
 
 
 def same_words(prediction: str, truth: str) -> bool | None:
-    """Whether two answers in words are equal; None where no words decide."""
+    """Whether two answers in words are equal; None if words do not decide."""
     one, other = _words(prediction), _words(truth)
     if (one is None or not _surely_words(prediction)) and (other is None or not _surely_words(truth)):
         return None

@@ -2,7 +2,7 @@
 
 The grammar takes everything that is multiplied on to the right of a slash into the denominator. Readers do not:
 
-    1/2x, -3/2 x     a fraction of numbers stands for itself: x/2, -3x/2
+    1/2x, -3/2 x     a fraction of numbers is one factor: x/2, -3x/2
     a/b x, x/(2) y   a space or a closed bracket ends the denominator: ax/b, xy/2
     -b/2a, 1/xy      otherwise what is written without a gap belongs together: -b/(2a), 1/(xy)
     5!/2!3!          so do factorials, and brackets side by side: 1/(x+1)(x+2)

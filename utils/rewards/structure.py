@@ -37,8 +37,8 @@ def squash(text: str) -> str:
 
 
 def split_top(text: str, separators: set[str]) -> tuple[list[str], list[str]]:
-    """The pieces of a text between separators that stand outside all brackets, and those separators."""
-    pieces, found, current, depth = [], [], [], 0
+    """The pieces of a text between separators outside all brackets, and those separators."""
+    pieces, found_separators, current, depth = [], [], [], 0
     for token in TOKEN.findall(text):
         key = re.sub(r"\s+", "", token) if token.startswith("\\text") else token
         if token in OPENING or token.startswith("\\begin"):
@@ -47,15 +47,15 @@ def split_top(text: str, separators: set[str]) -> tuple[list[str], list[str]]:
             depth -= 1
         if depth == 0 and key in separators:
             pieces.append("".join(current).strip())
-            found.append(key)
+            found_separators.append(key)
             current = []
         else:
             current.append(token)
-    return [*pieces, "".join(current).strip()], found
+    return [*pieces, "".join(current).strip()], found_separators
 
 
 def enclosed(text: str) -> tuple[str, str, str] | None:
-    """(opening, content, closing) where one pair of brackets encloses the whole text, such as `[0,1)`."""
+    """(opening, content, closing) if one pair of brackets encloses the whole text, such as `[0,1)`; else None."""
     tokens = TOKEN.findall(text)
     if len(tokens) < 2 or tokens[0] not in OPENING or tokens[-1] not in CLOSING:
         return None

@@ -15,7 +15,7 @@ SPELLINGS = {
     "degrees f",
     "radian": "radians, rad, rads",
     "dollar": "dollars, usd, $, us dollar, us dollars, u s dollar, u s dollars, buck, bucks",
-    "cent": "cents, ¢, pence, pennies, penny",
+    "cent": "cents, ¢, pennies, penny",
     "euro": "euros, eur",
     "pound": "pounds, lb, lbs, gbp",
     "meter": "m, meters, metre, metres",
@@ -49,17 +49,18 @@ SPELLINGS = {
 CANONICAL = {spelling: unit for unit, spellings in SPELLINGS.items() for spelling in [unit, *spellings.split(", ")]}
 MEASURES = {word for spelling in CANONICAL for word in spelling.split() if len(word) > 1 and word.isalpha()}
 MEASURES -= {"point", "points", "us", "fluid"}
-PRODUCTS = {"in", "min", "mi", "mg", "gm", "gal", "rad", "rads"}  # units only where a space precedes them
+PRODUCTS = {"in", "min", "mi", "mg", "gm", "gal", "rad", "rads"}  # units only if a space precedes them
 CURRENCIES = ("dollar", "euro", "pound", "cent")
 LONGEST_SPELLING = max(len(spelling.split()) for spelling in CANONICAL)
 
 # Words that may not be dropped after a value: they change it, or say that something else was meant.
 FRACTIONS = "half|halve|third|quarter|fourth|fifth|sixth|seventh|eighth|ninth|tenth|twelfth|hundredth|thousandth"
 CHANGES_VALUE = re.compile(
-    "am|pm|or|and|not|mod|modulo|base|hundred|thousand|million|billion|trillion|dozen|tens|score|gross|over|times|plus|"
-    "minus|less|more|fewer|than|where|if|for|to|is|are|undefined|infinity|dne|negative|positive|double|doubled|twice|"
-    "triple|tripled|thrice|halved|root|factorial|inverse|reciprocal|squared|cubed|power|choose|remainder|repeating|"
-    rf"recurring|prime|bar|decimal|below|above|under|short|wrong|false|opposite|conjugate|(?:{FRACTIONS})s?"
+    "am|pm|or|and|not|mod|modulo|base|over|times|plus|minus|less|more|fewer|than|where|if|for|to|is|are|undefined|infinity|"
+    "dne|squared|cubed|choose|repeating|recurring|bar|decimal|below|above|under|short|wrong|false|opposite|conjugate|"
+    "doubled|tripled|halved|twice|thrice|gross|(?:two|three|four|five|seven|eight|nine)s|sixes|"
+    "(?:ten|dozen|score|hundred|thousand|million|billion|trillion|negative|positive|double|triple|root|factorial|"
+    f"inverse|reciprocal|power|remainder|prime|{FRACTIONS})s?"
 )
 # Words of several things that do not end in s, and words that say nothing about a value.
 COUNTED = re.compile(
@@ -125,7 +126,7 @@ def unit_name(text: str) -> str:
 
 
 def _may_be_dropped(unit: str) -> bool:
-    """Whether no word of a unit changes the value. `squared` may stand beside a measure: `6 squared meters`."""
+    """Whether no word of a unit changes the value. `squared` may accompany a measure: `6 squared meters`."""
     words = re.findall(r"[a-z]+", TEXT.sub(r" \1 ", unit).lower())
     measured = any(word in MEASURES or word in CANONICAL for word in words)
     return bool(words) and not any(
