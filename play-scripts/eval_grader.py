@@ -88,7 +88,8 @@ Labelled answers, graded by `utils/rewards/grader.py` and by Math-Verify alone, 
 the share of answers that got the verdict that they deserve; an accepted wrong answer is what a policy learns to write.
 The groups `math_*` are answers to MATH problems: the same one, another problem's, the same value written otherwise, or
 one that is close and wrong. `pairs`, `probes` and the hostile answers are third parties' data and are not in this
-repository; `grader_sample` is data/grader_sample.jsonl, written for this project. The command:
+repository; `grader_sample` is data/grader_sample.jsonl, written for this project. A few of the hostile answers are
+right and may be accepted. Answers per second are one machine's, with its other work. The command:
 """
 WHAT_GOES_WRONG = """## What Math-Verify alone gets wrong
 
