@@ -142,7 +142,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--steps", type=int, required=True, help="optimizer steps, the last of which is saved as `final`")
     add("--save-at", type=int, nargs="+", default=[], metavar="STEP", help="also save after these steps")
     add("--batch-size", type=int, default=64, help="demonstrations an optimizer step (64)")
-    add("--gradient-accumulation-steps", type=int, default=1, help="microbatches a step; more take less memory (1)")
+    add("--gradient-accumulation-steps", type=int, default=1, help="microbatches per step; more take less memory (1)")
     add("--learning-rate", type=float, default=1e-5, help="AdamW's learning rate, at its highest (1e-5)")
     add("--schedule", choices=SCHEDULES, default="constant", help="the learning rate after its warm-up (constant)")
     add("--warmup-steps", type=int, default=0, help="steps in which the learning rate rises from 0 (0)")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from configs.defaults import Config
+from configs.defaults import Config, Training
 
 GIB = 2**30
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -57,12 +57,10 @@ def estimate_peak_memory(
     n_tokens = n_sequences * longest_sequence
     n_response_tokens = min(n_tokens, n_sequences * training.max_tokens)
 
-    # 8-bit Adam: two bytes and, for every block of 256, two float32 scales
-    optimizer = n_parameters * (2 + 8 / 256) if training.use_bnb_adamw8bit else 2 * n_parameters * bytes_each
     parts = {
         "weights": n_parameters * bytes_each,
         "gradients": n_parameters * bytes_each,
-        "optimizer": int(optimizer),
+        "optimizer": optimizer_state_bytes(n_parameters, training),
         "activations": _activations(sizes, config, n_tokens, longest_sequence, n_parameters),
         "log_probs": _log_probs(sizes, config, n_response_tokens),
         **_vllm(config, n_parameters, device_memory, uses_vllm),
@@ -74,6 +72,13 @@ def estimate_peak_memory(
         resting + parts["vllm_asleep"] + sum(parts[name] for name in ("gradients", "activations", "log_probs"))
     )
     return parts
+
+
+def optimizer_state_bytes(n_parameters: int, training: Training) -> int:
+    """AdamW's two moments. With 8 bits: two bytes and, for every block of 256, two float32 scales."""
+    if training.use_bnb_adamw8bit:
+        return int(n_parameters * (2 + 8 / 256))
+    return 2 * n_parameters * BYTES[training.dtype]
 
 
 NAMES = {  # in a config.json

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,6 +21,7 @@ from utils.log.files import CONFIG_FILE, earlier_launches
 from utils.log.output import holds_run, unwritable
 from utils.preflight.config import load_config
 from utils.preflight.config_rules import ConfigError
+from utils.preflight.disk import too_little_space
 from utils.preflight.hub import unavailable
 from utils.preflight.machine import has_gpu
 from utils.preflight.model_files import context_of, is_local, lacks_chat_template, model_config
@@ -58,6 +60,8 @@ def obstacles(config: Config, resume: bool, allow_changes: bool) -> Iterator[str
     yield from shortfalls(config)
     yield from unusable_files(config)
     yield from output_obstacles(config, resume, allow_changes)
+    with contextlib.suppress(ValueError):  # a config.json that cannot be read: loading the model says so
+        yield from too_little_space(config, model_config(config.paths.model_path))
 
 
 def shortfalls(config: Config, inputs: Sequence[str] = INPUTS) -> Iterator[str]:
