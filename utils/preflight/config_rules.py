@@ -10,6 +10,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from configs.defaults import Config, Paths, Training
+from utils.preflight.loss_rules import (
+    LOSSES_WITHOUT_BASELINE,
+    Rule,
+    correction_rules,
+    loss_rules,
+    shaping_rules,
+)
 from utils.rewards.functions import REWARD_FNS
 
 
@@ -110,9 +117,6 @@ def _what_null_is(field: dataclasses.Field) -> str:
     return f"; {meaning[0] if meaning else 'null is off'}"
 
 
-Rule = tuple[tuple[str, ...], bool, str]  # fields, whether they contradict each other, the remedy
-
-
 def _rules_between(config: Config) -> list[Rule]:
     return [
         *_size_rules(config.training),
@@ -122,6 +126,9 @@ def _rules_between(config: Config) -> list[Rule]:
         *_reward_rules("training.reward_fn", [config.training.reward_fn]),
         *_reward_rules("training.extra_rewards", config.training.extra_rewards),
         *_stop_rules(config.training),
+        *loss_rules(config.training),
+        *correction_rules(config.training),
+        *shaping_rules(config.training),
     ]
 
 
@@ -144,7 +151,7 @@ def _size_rules(t: Training) -> list[Rule]:
         ),
         (
             ("training.group_size", "training.loss_type"),
-            t.group_size == 1 and t.loss_type != "no_baseline",
+            t.group_size == 1 and t.loss_type not in LOSSES_WITHOUT_BASELINE,
             "in a group of 1 every advantage is 0; set group_size to 2 or more, or loss_type to no_baseline",
         ),
         (
