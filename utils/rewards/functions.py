@@ -4,6 +4,10 @@ Each takes a whole batch of rollouts and a `Grader`, so that one batch is one gr
 format, answer and total, where total is 1 only for a right answer in the right format. The last in the dict only adds
 to a total: list it under `extra_rewards` with a weight.
 
+A function may say what it looks for, in an attribute `needs`: texts that a response must hold to earn a reward, each as
+a tuple of alternatives. `(("<answer>",), ("####", "="))` is `<answer>`, and `####` or `=`. It changes no reward; a look
+at responses counts them, to tell why rewards are 0.
+
 A response's text holds no end token: engines decode without special tokens. What was sampled is in a rollout's ids.
 """
 
@@ -17,6 +21,7 @@ from utils.records import Reward, Rollout
 from utils.rewards.grader import Grader, Truth, last_box
 
 RewardFn = Callable[[Sequence[Rollout], Grader], list[Reward]]
+Needs = tuple[tuple[str, ...], ...]  # all of these, each in one of its spellings
 
 THINK_THEN_ANSWER = re.compile(r"</think> <answer>(?P<answer>.*)</answer>\s*\Z", re.DOTALL)
 TAGS = ("</think>", "<answer>", "</answer>")
@@ -49,8 +54,11 @@ def gsm8k_answer(response: str) -> str | None:
     return (answers[-1].strip() or None) if answers else None
 
 
-def graded(extract: Callable[[str], str | None]) -> RewardFn:
-    """The reward function that grades what `extract` finds; a response without an answer has no format."""
+def graded(extract: Callable[[str], str | None], needs: Needs) -> RewardFn:
+    """The reward function that grades what `extract` finds; a response without an answer has no format.
+
+    `extract` finds nothing in a response that lacks one of the texts in `needs`.
+    """
 
     def reward_fn(rollouts: Sequence[Rollout], grader: Grader) -> list[Reward]:
         answers = [extract(rollout.response) for rollout in rollouts]
@@ -61,6 +69,7 @@ def graded(extract: Callable[[str], str | None]) -> RewardFn:
             rewards[i] = Reward(format=1.0, answer=float(right), total=float(right))
         return rewards
 
+    reward_fn.needs = needs
     return reward_fn
 
 
@@ -75,9 +84,9 @@ def end_token_penalty(rollouts: Sequence[Rollout], grader: Grader) -> list[Rewar
 
 
 REWARD_FNS: dict[str, RewardFn] = {
-    "r1_zero": graded(r1_zero_answer),
-    "question_only": graded(question_only_answer),
-    "gsm8k": graded(gsm8k_answer),
+    "r1_zero": graded(r1_zero_answer, needs=(("</think> <answer>",), ("</answer>",))),
+    "question_only": graded(question_only_answer, needs=(("\\boxed{", "\\fbox{"),)),
+    "gsm8k": graded(gsm8k_answer, needs=(("####", "</answer>"),)),
     "end_token_penalty": end_token_penalty,
 }
 
@@ -95,9 +104,14 @@ class RewardScorer:
     """
 
     def __init__(self, reward_fn: str, extra_rewards: dict[str, float], grader: Grader):
-        self.grader = grader
+        self.grader, self.name = grader, reward_fn
         self.main = find_reward_fn(reward_fn)
         self.extras = [(find_reward_fn(name), weight) for name, weight in extra_rewards.items()]
+
+    @property
+    def needs(self) -> Needs:
+        """What the main reward function looks for, as far as it says so."""
+        return getattr(self.main, "needs", ())
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Reward]:
         """One Reward per rollout, in order; `format` and `answer` are the main function's."""

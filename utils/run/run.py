@@ -27,6 +27,7 @@ from utils.run.closing import closing_lines
 from utils.run.ending import Status, StopRequest, TimeLimit
 from utils.run.engine_check import EngineCheck
 from utils.run.evaluate import evaluate, response_metrics
+from utils.run.look import LOOK_RESPONSES, look_before_training
 from utils.run.step_meter import StepMeter
 from utils.run.watchers import Watchers
 from utils.seeding import capture_random_state, derive_seed
@@ -170,6 +171,8 @@ class Run:
         seconds = time.perf_counter() - started
         written = self.log.evaluation(step, {**metrics, **self._grading_metrics(), "eval_dt": seconds})
         self.log.rollouts("eval", step, rollouts, rewards, n=t.n_rollouts_to_log)
+        if step == 0:
+            self._look()
         self.watchers.observe(step, written, self.log)
         self.limit.record(evaluation=seconds)
         reward = metrics["reward"]
@@ -182,6 +185,23 @@ class Run:
             random=capture_random_state(),
             **self.watchers.state_dict(),
         )
+
+    def _look(self) -> None:
+        """Show what the untrained model does, in groups; warn at once if none of them could teach anything.
+
+        It samples no more responses than the evaluation did, has a seed of its own, and is in no metric.
+        """
+        learner, n_responses = self.learner, min(LOOK_RESPONSES, len(self.validation_prompts))
+        look = look_before_training(
+            learner.engine, self.validation_prompts, learner.scorer, self.config.training, n_responses, self.should_stop
+        )
+        learner.scorer.grader.drain_counters()
+        if look is None:
+            return
+        self.log.note("\n".join(look.lines()))
+        warning = look.warning()
+        if warning is not None:
+            self.log.warn(warning)
 
     def save_if_due(self) -> None:
         """Save every `checkpoint_interval` steps, at a new best, at the end, and again after a save that failed."""
