@@ -171,7 +171,10 @@ class Training:
         above=0.0,
     )
     n_rollouts_to_log: int = option(
-        16, "rollouts written to rollouts.jsonl at every evaluation, of training and of validation each", low=0
+        16,
+        "rollouts written to rollouts.jsonl at every evaluation, of training and of validation each; of training whole "
+        "groups, so rounded up to a multiple of group_size",
+        low=0,
     )
     wandb_project: str = option("", "project on Weights & Biases to log to; empty is off")
     wandb_run_name: str = option("", "name of the run on Weights & Biases; empty lets it choose")

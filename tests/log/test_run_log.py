@@ -229,10 +229,23 @@ def test_logged_rollouts(tmp_path: Path) -> None:
     assert indices(path, "eval", 8) == [0, 1, 2]
     i = first[0]
     assert strict_rows(path)[0] == {
-        "split": "train", "grpo_step": 1, "index": i, "question": "1 + 1?", "prompt": "User: 1 + 1?",
+        "split": "train", "grpo_step": 1, "group": i, "index": i, "question": "1 + 1?", "prompt": "User: 1 + 1?",
         "response": f"response {i}", "truth": ["2", "two"], "format_reward": 1.0, "answer_reward": float(i % 2),
         "reward": i / 10, "advantage": i / 100, "finish_reason": "length" if i % 2 else "stop", "response_length": i,
     }  # fmt: skip
+
+
+def test_training_logs_whole_groups(tmp_path: Path) -> None:
+    rollouts, rewards = make_rollouts(40)
+    with RunLog(tmp_path, n_grpo_steps=9) as log:
+        for step, n in enumerate((0, 1, 8, 9, 100), 1):
+            log.rollouts("train", step, rollouts, rewards, n=n, group_size=8)
+    logged = [strict_rows(tmp_path / "rollouts.jsonl")]
+    groups = [{(row["group"], row["index"]) for row in logged[0] if row["grpo_step"] == step} for step in range(1, 6)]
+    assert [len(rows) for rows in groups] == [0, 8, 8, 16, 40]
+    for rows in groups:
+        whole = {group for group, _ in rows}
+        assert rows == {(group, i) for group in whole for i in range(8 * group, 8 * group + 8)}
 
 
 def test_any_text_a_model_writes_can_be_logged(tmp_path: Path) -> None:
@@ -318,6 +331,7 @@ class FakeWandb(types.ModuleType):
         comm_error = type("CommError", (self.Error,), {})
         self.errors = types.SimpleNamespace(CommError=comm_error)
         self.Settings = lambda **options: options
+        self.Table = lambda columns, data: {"columns": columns, "data": data}
 
     def _called(self, name: str, *details: object) -> FakeWandb:
         self.calls.append((name, *details))
@@ -376,6 +390,22 @@ def test_tracker_axes_rows_and_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert wandb.summary == {"status": "finished"}
     assert wandb.calls[-1] == ("finish", 0)
     assert warnings_in(tmp_path) == []
+
+
+def test_the_tracker_shows_rollouts_as_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    rollouts, rewards = make_rollouts(4)
+    with RunLog(tmp_path, n_grpo_steps=2, wandb_project="p") as log:
+        log.rollouts("train", 1, rollouts, rewards, n=2, group_size=2)
+        log.rollouts("eval", 1, rollouts, rewards, n=0)
+    (row,) = [call[1] for call in wandb.calls if call[0] == "log"]
+    assert (row["grpo_step"], list(row)[1]) == (1, "rollouts/train")
+    table = row["rollouts/train"]
+    written = strict_rows(tmp_path / "rollouts.jsonl")
+    assert [dict(zip(table["columns"], values, strict=True)) for values in table["data"]] == [
+        row | {"truth": "2 or two"} for row in written
+    ]
 
 
 def test_tracker_failures_warn_once_and_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,9 @@ class NullTracker:
     def log(self, row: dict[str, Any]) -> None:
         pass
 
+    def log_rollouts(self, split: str, grpo_step: int, rows: Sequence[dict[str, Any]]) -> None:
+        pass
+
     def close(self, status: str) -> None:
         pass
 
@@ -62,6 +65,16 @@ class WandbTracker:
 
     def log(self, row: dict[str, Any]) -> None:
         self._run.log(row)
+
+    def log_rollouts(self, split: str, grpo_step: int, rows: Sequence[dict[str, Any]]) -> None:
+        """A table of rollouts, a row each. A truth of several answers is written as one text."""
+        import wandb
+
+        columns = list(rows[0])
+        truths = [row["truth"] if isinstance(row["truth"], str) else " or ".join(row["truth"]) for row in rows]
+        data = [list((row | {"truth": truth}).values()) for row, truth in zip(rows, truths, strict=True)]
+        axis = "eval_step" if split == "eval" else "grpo_step"
+        self._run.log({axis: grpo_step, f"rollouts/{split}": wandb.Table(columns=columns, data=data)})
 
     def close(self, status: str) -> None:
         self._run.summary["status"] = status

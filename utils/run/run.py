@@ -138,7 +138,8 @@ class Run:
         written = self.log.train_step(step, {"optimizer_step": optimizer_step, **metrics})
         self._report_nonfinite(step, rollouts, rewards, batch, update)
         if self._is_due(t.eval_interval, step):
-            self.log.rollouts("train", step, rollouts, rewards, batch.advantages.tolist(), n=t.n_rollouts_to_log)
+            advantages, n = batch.advantages.tolist(), t.n_rollouts_to_log
+            self.log.rollouts("train", step, rollouts, rewards, advantages, n=n, group_size=t.group_size)
         self.watchers.observe(step, written, self.log)
         if self.state.steps_done == 0 and "train_peak_memory_gb" in metrics:
             self._compare_with_estimate(metrics["train_peak_memory_gb"])
