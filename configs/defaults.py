@@ -12,6 +12,7 @@ from typing import Any
 def option(default: Any, doc: str, **rules: Any) -> Any:
     """A config field: its default, doc and rules: `low`/`high` (inclusive), `above`/`below` (exclusive), `choices`.
 
+    With `own_code` a field also takes `path/to/file.py:function`, see docs/own_code.md.
     A field with a `heading` begins a group of fields, for `--help-config`.
     """
     metadata = {"doc": doc, **rules}
@@ -93,6 +94,7 @@ class Training:
         "grpo_clip",
         "loss per token",
         choices=["no_baseline", "reinforce_with_baseline", "grpo_clip", "grpo_no_clip"],
+        own_code=True,
     )
     use_std_normalization: bool = option(True, "divide advantages by the standard deviation of the group's rewards")
     advantage_eps: float = option(
@@ -150,9 +152,16 @@ class Training:
     )
     system_prompt: str = option("", "system message for the chat template; empty is none")
 
-    reward_fn: str = option("r1_zero", "reward function that scores responses", heading="Rewards")
+    reward_fn: str = option(
+        "r1_zero",
+        "reward function that scores responses",
+        own_code=True,
+        heading="Rewards",
+    )
     extra_rewards: dict[str, float] = option(
-        {}, "more reward functions; each reward is multiplied by its weight here and added"
+        {},
+        "more reward functions; each reward is multiplied by its weight here and added",
+        own_code=True,
     )
 
     eval_interval: int | None = option(

@@ -53,10 +53,11 @@ def probe(config: Config, n_responses: int) -> list[str]:
     from utils.engines import build_engine
     from utils.rewards.functions import RewardScorer
     from utils.rewards.grader import Grader
-    from utils.run.build import load_prompts
+    from utils.run.build import load_prompts, try_own_code
     from utils.run.look import look_before_training
 
     t = config.training
+    try_own_code(config)
     tokenizer = load_tokenizer(config.paths.model_path)
     prompts, notes = load_prompts(config, config.paths.val_data_file, tokenizer)
     policy = load_policy(config.paths.model_path, t)

@@ -11,6 +11,7 @@ without division by the standard deviation.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from configs.defaults import Training
+from utils.own_code import is_own, load_own, place_of, told_with_file_and_line
 
 
 @dataclass(frozen=True)
@@ -111,11 +113,13 @@ class Loss:
     """A per-token loss, and what the loop must know of it."""
 
     per_token: Callable[[LossInputs, Training], PerToken]
-    weighs_by: str = "advantages"  # or "rewards": what multiplies the gradient of a token
+    weighs_by: str | None = "advantages"  # or "rewards": what multiplies the gradient of a token; None: unknown
     has_ratio: bool = False  # whether it needs old log-probs, where the weights now are not those that sampled
 
     def has_gradient(self, rewards: Tensor, advantages: Tensor) -> Tensor:
         """(B,), (B,) -> (B,) bool: which rollouts can change the policy. The others need no forward pass."""
+        if self.weighs_by is None:
+            return torch.ones_like(rewards, dtype=torch.bool)
         return (rewards if self.weighs_by == "rewards" else advantages) != 0
 
     def needs_old_log_probs(self, training: Training) -> bool:
@@ -132,10 +136,39 @@ LOSSES: dict[str, Loss] = {
 
 
 def find_loss(name: str) -> Loss:
-    """Raises ValueError for a name that LOSSES does not have."""
+    """One of LOSSES, or the function that `path/to/file.py:function` names. Raises ValueError."""
+    if is_own(name):
+        return own_loss(name)
     if name not in LOSSES:
-        raise ValueError(f"unknown loss_type {name!r}; choose one of: {', '.join(LOSSES)}")
+        raise ValueError(f"unknown loss_type {name!r}; choose one of: {', '.join(LOSSES)}, or path/to/file.py:function")
     return LOSSES[name]
+
+
+@functools.cache
+def own_loss(name: str) -> Loss:
+    """A loss from a file. It is tried on a small batch; raises ValueError with file and line if it does not fit."""
+    function = load_own(name)
+
+    def per_token(inputs: LossInputs, training: Training) -> PerToken:
+        with told_with_file_and_line(name):
+            returned = function(inputs, training)
+        values, extras = returned if isinstance(returned, tuple) else (returned, {})
+        if not isinstance(values, Tensor) or values.shape != inputs.policy_log_probs.shape or not values.requires_grad:
+            got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            wanted = tuple(inputs.policy_log_probs.shape)
+            raise ValueError(
+                f"{place_of(name)}: the loss returned {got}; return a tensor of shape {wanted}, the loss of "
+                "each token, that has a gradient"
+            )
+        return values, extras
+
+    log_probs = torch.tensor([[-0.5, -1.0, -0.1], [-2.0, -0.3, -0.7]], requires_grad=True)
+    mask, ones = torch.tensor([[True, True, True], [True, True, False]]), torch.tensor([1.0, 0.0])
+    given = log_probs.detach()
+    sample = LossInputs(log_probs, mask, rewards=ones, advantages=2 * ones - 1, sampler_log_probs=given)
+    for old_log_probs in (None, given):  # on-policy and off-policy
+        per_token(replace(sample, old_log_probs=old_log_probs), Training())
+    return Loss(per_token, getattr(function, "weighs_by", None), getattr(function, "has_ratio", True))
 
 
 # Aggregation: what a sequence's summed loss is divided by, lengths (B,) float -> (B,) float

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from configs.defaults import Config, Paths, Training
+from utils.own_code import is_own
 from utils.rewards.functions import REWARD_FNS
 
 
@@ -85,8 +86,10 @@ def check_config(config: Config, origins: Mapping[str, str] | None = None) -> No
 def _broken_rule(value: Any, rules: Mapping[str, Any]) -> str | None:
     if value is None:
         return None
-    if "choices" in rules and value not in rules["choices"]:
-        return f"choose one of: {', '.join(map(str, rules['choices']))}"
+    own_code = rules.get("own_code", False)
+    if "choices" in rules and value not in rules["choices"] and not (own_code and is_own(value)):
+        own = ", or path/to/file.py:function" if own_code else ""
+        return f"choose one of: {', '.join(map(str, rules['choices']))}{own}"
     # written so that NaN breaks them
     if "low" in rules and not value >= rules["low"]:
         return f"must be at least {rules['low']}"
@@ -108,6 +111,14 @@ def _what_null_is(field: dataclasses.Field) -> str:
         return ""
     told = re.search(r"null\b[^;,]*", field.metadata["doc"])
     return f"; {told[0] if told else 'null is off'}"
+
+
+def own_code(config: Config) -> dict[str, list[str]]:
+    """The functions of the user's own that a config names: {field: names}."""
+    t = config.training
+    named = {"training.reward_fn": [t.reward_fn], "training.extra_rewards": list(t.extra_rewards)}
+    named["training.loss_type"] = [t.loss_type]
+    return {field: [name for name in names if is_own(name)] for field, names in named.items()}
 
 
 Rule = tuple[tuple[str, ...], bool, str]  # fields, whether they are at odds, how to mend it
@@ -144,7 +155,7 @@ def _size_rules(t: Training) -> list[Rule]:
         ),
         (
             ("training.group_size", "training.loss_type"),
-            t.group_size == 1 and t.loss_type != "no_baseline",
+            t.group_size == 1 and t.loss_type != "no_baseline" and not is_own(t.loss_type),
             "alone in its group every advantage is 0; take a group_size of 2 or more, or loss_type no_baseline",
         ),
         (
@@ -237,5 +248,6 @@ def _reward_rules(key: str, names: Iterable[str]) -> Iterator[Rule]:
     for name in names:
         like = nearest(name, REWARD_FNS)
         guess = f"did you mean {like!r}? There" if like else "there"
-        remedy = f"no reward function {name!r}; {guess} are: {', '.join(REWARD_FNS)}"
-        yield (key,), name not in REWARD_FNS, remedy
+        names = ", ".join(REWARD_FNS)
+        remedy = f"no reward function {name!r}; {guess} are: {names}; or give path/to/file.py:function"
+        yield (key,), name not in REWARD_FNS and not is_own(name), remedy

@@ -8,7 +8,9 @@ from pathlib import Path
 from configs.defaults import Config
 from utils.engines import choose_engine
 from utils.log.files import CONFIG_FILE, METRICS_FILE, ROLLOUTS_FILE, RUN_INFO_FILE, STATUS_FILE, WARNINGS_FILE
+from utils.own_code import file_and_function
 from utils.preflight.config import to_dict
+from utils.preflight.config_rules import own_code
 from utils.preflight.hub import is_cached
 from utils.preflight.machine import ASSUMED_GPU, estimated_memory, gpu_memory, host_memory
 from utils.preflight.model_files import bytes_to_fetch, is_local
@@ -151,7 +153,8 @@ def _memory(config: Config) -> tuple[int, str]:
 
 def _files(config: Config) -> Iterator[str]:
     p = config.paths
-    for path in (p.train_data_file, p.val_data_file, p.prompt_template_file, p.model_path):
+    functions = [str(file_and_function(name)[0]) for names in own_code(config).values() for name in names]
+    for path in (p.train_data_file, p.val_data_file, p.prompt_template_file, p.model_path, *dict.fromkeys(functions)):
         yield f"reads  {path}"
     for name in (
         CONFIG_FILE,

@@ -17,8 +17,10 @@ import functools
 import re
 from collections.abc import Callable, Sequence
 
+from utils.own_code import is_own
 from utils.records import Reward, Rollout
 from utils.rewards.grader import Grader, Truth, last_box
+from utils.rewards.own import own_reward_fn
 
 RewardFn = Callable[[Sequence[Rollout], Grader], list[Reward]]
 Needs = tuple[tuple[str, ...], ...]  # all of these, each in one of its spellings
@@ -92,15 +94,19 @@ REWARD_FNS: dict[str, RewardFn] = {
 
 
 def find_reward_fn(name: str) -> RewardFn:
+    """One of REWARD_FNS, or the function that `path/to/file.py:function` names. Raises ValueError."""
+    if is_own(name):
+        return own_reward_fn(name)
     if name not in REWARD_FNS:
-        raise ValueError(f"unknown reward function {name!r}; choose from {', '.join(REWARD_FNS)}")
+        names = ", ".join(REWARD_FNS)
+        raise ValueError(f"unknown reward function {name!r}; choose from {names}, or path/to/file.py:function")
     return REWARD_FNS[name]
 
 
 class RewardScorer:
     """Scores batches of rollouts: the main reward function, plus the weighted totals of the extra ones.
 
-    Raises ValueError for a name that REWARD_FNS does not have.
+    Raises ValueError for a name that neither REWARD_FNS nor a file has.
     """
 
     def __init__(self, reward_fn: str, extra_rewards: dict[str, float], grader: Grader):
