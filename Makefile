@@ -1,5 +1,6 @@
 # make quickstart   train a tiny model with GRPO and draw its reward curve (no GPU, no downloads of weights or data)
-# make test         run the tests
+# make test         run the tests, on all cores
+# make test-quick   run the tests that take no trained model and no vLLM
 # make lint         run the linter
 # make setup        make the virtual environment, and nothing else
 # make clean        remove it, and what building left
@@ -16,14 +17,17 @@ INSTALL := $(BIN)/pip install $(if $(shell test -t 2 && echo terminal),,--quiet)
 
 $(if $(filter $(BUILD),cpu gpu),,$(error BUILD=$(BUILD): choose cpu or gpu))
 
-.PHONY: quickstart test lint setup clean
+.PHONY: quickstart test test-quick lint setup clean
 
 quickstart: $(READY)
 	$(BIN)/python play-scripts/make_tiny.py
 	$(BIN)/python train_grpo.py --config configs/quickstart.yaml $(if $(wildcard runs/quickstart/config.yaml),--resume)
 
 test: $(READY)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal $(ARGS)
+
+test-quick: $(READY)
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal -m "not slow" $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -8,7 +8,8 @@ reward against its group's, and follows the policy gradient. Below, `train` is t
 inner one; `utils/algorithm/losses.py` is their mathematics. What surrounds a step is in `utils/run/`.
 
 Exit status: 0 finished, 1 an error, 2 a mistake in what was asked for, 3 collapsed, 4 stopped by a signal and saved
-(before the first step there is nothing to save), 5 time limit reached and saved, 6 too many non-finite numbers.
+(while loading and before the first step there is nothing to save), 5 time limit reached and saved, 6 too many
+non-finite numbers.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from utils.log.files import CannotWrite
 from utils.preflight.command_line import parse_arguments
 from utils.preflight.config import load_config
 from utils.preflight.dry_run import show_dry_run
 from utils.preflight.obstacles import check_before_loading
-from utils.run.ending import Status, StopRequest, TimeLimit
+from utils.run.ending import Status, StoppedWhileLoading, StopRequest, TimeLimit
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +43,7 @@ def train(run: Run) -> Status:
     from utils.algorithm.losses import compute_advantages
     from utils.seeding import derive_seed
 
-    t, learner, meter = run.config.training, run.learner, run.meter
+    t, learner, meter, tokenizer = run.config.training, run.learner, run.meter, run.learner.tokenizer
     while True:
         run.evaluate_if_due()
         run.save_if_due()
@@ -61,7 +63,8 @@ def train(run: Run) -> Status:
         with meter.phase("grading"):
             scored = learner.scorer.score(rollouts)
         rewards = torch.tensor([reward.total for reward in scored])
-        batch = make_train_batch(rollouts, rewards, compute_advantages(rewards, t), pad_id_of(learner.tokenizer))
+        advantages = compute_advantages(rewards, t)
+        batch = make_train_batch(rollouts, rewards, advantages, pad_id_of(tokenizer), len(tokenizer))
         with meter.phase("train"):
             update = update_policy(learner.policy, learner.optimizer, batch, t, run.state.steps_done, run.should_stop)
         if update.abandoned:  # asked to stop: the state is still that of the last whole step
@@ -123,15 +126,26 @@ def main(arguments: Sequence[str] | None = None) -> Status:
         return report_mistake(mistake)
 
     limit = TimeLimit(config.training.max_hours)
-    from utils.run.build import build_run
-
     with StopRequest() as stop_request:
         try:
+            from utils.run.build import build_run  # torch and the like, which takes seconds
+
+            stop_request.check_while_loading()
             run = build_run(config, options.resume, options.allow_changes, stop_request, limit)
+        except StoppedWhileLoading as stopped:
+            print(stopped, file=sys.stderr)
+            return Status.STOPPED_BY_SIGNAL
+        except CannotWrite as refusal:
+            print(f"error: {refusal}", file=sys.stderr)
+            return Status.ERROR
         except ValueError as mistake:
             return report_mistake(mistake)
-        with run:
-            return run.end(train(run))
+        try:
+            with run:
+                return run.end(train(run))
+        except CannotWrite as refusal:
+            print(f"error: {refusal}. {run.how_to_resume()}", file=sys.stderr)
+            return Status.ERROR
 
 
 def report_mistake(mistake: ValueError) -> Status:
@@ -142,7 +156,7 @@ def report_mistake(mistake: ValueError) -> Status:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except KeyboardInterrupt:  # while torch is imported; from then on a StopRequest listens
+    except KeyboardInterrupt:  # in the first moment; from then on a StopRequest listens
         print("\ninterrupted before the run began", file=sys.stderr)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.raise_signal(signal.SIGINT)  # a shell shows it as 130

@@ -31,7 +31,7 @@ def parse_arguments(description: str | None = None) -> argparse.Namespace:
     add("--config", action="append", default=[], help="config file; given again, later files win")
     add("overrides", nargs="*", metavar="section.field=value", help="change a field of the config")
     add("--shape", choices=SHAPES, help="a randomly initialised model of this shape, and no sampling")
-    add("--response-tokens", type=int, default=32, help="tokens a response (32); with --shape on average")
+    add("--response-tokens", type=int, default=32, help="tokens per response (32); with --shape on average")
     add("--reward", type=float, default=0.8, help="mean of the drawn rewards (0.8)")
     add("--steps", type=int, default=5, help="timed steps a measurement (5)")
     add("--rounds", type=int, default=3, help="turns (3)")

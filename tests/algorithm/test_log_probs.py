@@ -24,7 +24,13 @@ from transformers import (
     Qwen3Config,
 )
 
-from utils.algorithm.log_probs import get_response_log_probs, has_plain_head, response_log_probs
+from utils.algorithm.log_probs import (
+    chunked_log_probs,
+    compute_entropy,
+    get_response_log_probs,
+    has_plain_head,
+    response_log_probs,
+)
 
 VOCABULARY = 61
 PLAIN = (Qwen2Config, Qwen3Config, LlamaConfig, MistralConfig, GemmaConfig, Gemma3TextConfig)
@@ -268,3 +274,25 @@ def test_plain_version_against_cross_entropy():
     torch.testing.assert_close(result["log_probs"], expected)
     torch.testing.assert_close(result["token_entropy"], torch.distributions.Categorical(logits=logits).entropy())
     assert set(get_response_log_probs(policy, input_ids[:, :-1], input_ids[:, 1:], False)) == {"log_probs"}
+
+
+@pytest.mark.parametrize("chunk_size", [3, 100])
+def test_ids_beyond_the_vocabulary_have_no_probability(chunk_size: int) -> None:
+    """Against the plain head cut to the vocabulary, forward and backward, in float64."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(7, 5, generator=generator, dtype=torch.float64)
+    weight = torch.randn(11, 5, generator=generator, dtype=torch.float64)
+    labels = torch.randint(8, (7,), generator=generator)
+    results = []
+    for chunked in (True, False):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        if chunked:
+            log_probs, entropy = chunked_log_probs(h, w, labels, 0.7, chunk_size, True, vocabulary_size=8)
+        else:
+            logits = (h @ w.T)[:, :8] / 0.7
+            log_probs, entropy = logits.log_softmax(-1)[torch.arange(7), labels], compute_entropy(logits.detach())
+        log_probs.square().sum().backward()
+        results.append((log_probs.detach(), entropy, h.grad, w.grad))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-12, rtol=0)
+    assert torch.equal(results[0][3][8:], torch.zeros(3, 5, dtype=torch.float64))

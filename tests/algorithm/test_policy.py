@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedConfig, Qwen2Config
 from update_cases import ON_POLICY, make_batch
 
 from configs.defaults import Training
 from train_grpo import update_policy
+from utils import tiny
 from utils.algorithm import policy as policy_module
 from utils.algorithm.log_probs import has_plain_head
 from utils.algorithm.policy import (
@@ -139,3 +141,34 @@ def test_what_cannot_be_loaded_is_told(tmp_path: Path, tiny_model_dir: Path) -> 
     with pytest.raises(ValueError, match=r"paths.model_path = '.*': cannot load the model"):
         load_policy(str(tmp_path), ON_POLICY)
     assert context_length(str(tiny_model_dir)) == 2048
+
+
+def tiny_gpt2(**rates: float) -> GPT2Config:
+    """GPT-2's defaults drop 0.1 of embeddings, attention and residuals."""
+    tokenizer = tiny.build_tokenizer()
+    return GPT2Config(
+        vocab_size=len(tokenizer), n_positions=256, n_embd=32, n_layer=2, n_head=2,
+        eos_token_id=tokenizer.eos_token_id, bos_token_id=None, **rates,
+    )  # fmt: skip
+
+
+def tiny_qwen2(attention_dropout: float) -> Qwen2Config:
+    config = tiny.build_model(seed=0).config
+    config.attention_dropout = attention_dropout
+    return config
+
+
+@pytest.mark.parametrize("config", [tiny_gpt2(), tiny_qwen2(attention_dropout=0.5)], ids=["gpt2", "attention"])
+def test_dropout_is_switched_off_and_told(config: PreTrainedConfig, tmp_path: Path) -> None:
+    """At learning rate 0 two optimizer steps leave the ratio at 1: with dropout it would be noise."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    assert any(isinstance(value, float) and value > 0 for name, value in vars(config).items() if "drop" in name)
+    model.save_pretrained(tmp_path)
+    training = replace(ON_POLICY, train_batch_size=4, loss_type="grpo_clip", learning_rate=1e-30)
+    with pytest.warns(UserWarning, match="dropout is switched off"):
+        policy = load_policy(str(tmp_path), training)
+    assert policy.training
+    metrics = update_policy(policy, build_optimizer(policy, training), make_batch(), training, 0).metrics
+    assert metrics["mean_ratio"] == pytest.approx(1.0, abs=1e-5)
+    assert metrics["clip_fraction"] == 0.0

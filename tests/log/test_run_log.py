@@ -19,6 +19,7 @@ import torch
 
 from utils.log.files import (
     UNFINISHED,
+    CannotWrite,
     cut_rows,
     encode_row,
     git_state,
@@ -563,3 +564,29 @@ def test_rollouts_of_a_lost_evaluation_are_cut_with_it(tmp_path: Path) -> None:
         assert log.lost_evaluation
     kept = [(row["split"], row["grpo_step"]) for row in strict_rows(tmp_path / "rollouts.jsonl")]
     assert kept == [("eval", 0), ("eval", 0), ("train", 2)]
+
+
+def test_a_full_disk_is_named_and_everything_is_closed(tmp_path: Path) -> None:
+    (tmp_path / "rollouts.jsonl").symlink_to("/dev/full")
+    (tmp_path / "warnings.jsonl").symlink_to("/dev/full")
+    rollouts, rewards = make_rollouts(1)
+    with (
+        pytest.raises(CannotWrite, match=r"rollouts\.jsonl cannot be written: No space left"),
+        RunLog(tmp_path, n_grpo_steps=1) as log,
+    ):
+        log.warn("lost, but no error")
+        log.train_step(1, {"loss": 0.5})
+        log.rollouts("train", 1, rollouts, rewards, n=1)
+    assert [row["grpo_step"] for row in strict_rows(tmp_path / "metrics.jsonl")] == [1]
+    assert json.loads((tmp_path / "status.json").read_text())["status"] == "failed"
+
+
+def test_a_status_that_cannot_be_written_is_told_after_the_rest_is_closed(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, n_grpo_steps=1)
+    (tmp_path / "status.json").mkdir()
+    files = list(log._files.values())
+    with pytest.raises(CannotWrite, match=r"status\.json cannot be written"):
+        log.close("finished")
+    assert all(file.closed for file in files)
+    log.close("finished")  # once is enough
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "rollouts.jsonl", "status.json"]

@@ -58,6 +58,12 @@ def test_config_without_a_size_is_refused():
         count_parameters({name: value for name, value in SMALL.items() if name != "intermediate_size"})
 
 
+@pytest.mark.parametrize("broken", [{"hidden_size": "wide"}, {"num_attention_heads": 0}, {"num_hidden_layers": None}])
+def test_config_with_a_size_that_is_no_number_is_refused(broken):
+    with pytest.raises(ValueError, match=r"config\.json"):
+        estimate_peak_memory(SMALL | broken, Config(), longest_sequence=100)
+
+
 @pytest.mark.parametrize("eight_bit", [False, True])
 def test_optimizer_state(eight_bit):
     if eight_bit:

@@ -114,7 +114,7 @@ def test_responses_shrinking_to_a_few_tokens_are_caught(knows_reward):
 
 
 def test_shortening_to_a_hundred_tokens_while_reward_falls_is_caught():
-    """Too many optimizer steps a GRPO step: reward and lengths fall after step 15; spikes throughout."""
+    """Too many optimizer steps per GRPO step: reward and lengths fall after step 15; spikes throughout."""
     rows = {}
     for step in range(31):
         length = 441 - 18 * step if step < 15 else max(100, 190 - 15 * (step - 15))

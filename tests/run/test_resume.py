@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import pty
 import random
 import shutil
 import signal
@@ -32,6 +33,7 @@ from run_cases import (
 from safetensors.torch import load_file
 
 from utils.algorithm import log_probs
+from utils.run import build
 from utils.run.checkpoint import OPTIMIZER_FILE
 from utils.run.ending import Status
 
@@ -50,7 +52,7 @@ def test_the_reference_run_learns_something(world, reference):
 
 def test_validation_that_is_trained_on_is_reported_before_the_first_step(reference):
     lines = printed_file(reference).read_text().splitlines()
-    (place,) = [i for i, line in enumerate(lines) if "20 of 20 validation problems" in line]
+    (place,) = [i for i, line in enumerate(lines) if "in the training data: 20 of 20" in line]
     assert place < next(i for i, line in enumerate(lines) if "reward" in line)
 
 
@@ -105,12 +107,13 @@ def test_killed_at_random_instants_and_resumed_it_ends_bit_identical(world, tmp_
     assert_equal_runs(output, undisturbed)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_the_run_with_a_save_and_the_resumed_run_is_the_same(world, reference, tmp_path, number):
     """At three different moments each: before the first step, in a step, and again after a resume."""
     output, statuses = tmp_path / "run", []
     for n_rows in (1, 2, 5):
-        process = launch([*arguments(world, output), *(["--resume"] if output.exists() else [])])
+        options = [*arguments(world, output), *(["--resume"] if output.exists() else [])]
+        process = launch(options, lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))
         wait_for(process, lambda n_rows=n_rows: len(rows_of(output / "metrics.jsonl")) >= n_rows)
         os.killpg(process.pid, number)  # as a terminal does: to the grading processes too
         process.join()
@@ -123,6 +126,40 @@ def test_a_signal_ends_the_run_with_a_save_and_the_resumed_run_is_the_same(world
     assert statuses == [Status.STOPPED_BY_SIGNAL] * 3
     assert finish([*arguments(world, output), "--resume"]) == Status.FINISHED
     assert_equal_runs(output, reference)
+
+
+def test_a_terminal_that_closes_ends_the_run_with_a_save(world, reference, tmp_path):
+    """The whole command in a terminal of its own, which is gone when the run wants to say that it saves."""
+    output = tmp_path / "run"
+    child, terminal = pty.fork()
+    if child == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        os.execv(sys.executable, [sys.executable, str(ROOT / "train_grpo.py"), *arguments(world, output)])
+    while len(trained_steps(output)) < 2:
+        os.read(terminal, 65536)
+    os.close(terminal)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == Status.STOPPED_BY_SIGNAL
+    assert (output / "checkpoints" / "last").resolve().name == f"step_{trained_steps(output)[-1]:06d}"
+    assert finish([*arguments(world, output), "--resume"]) == Status.FINISHED
+    assert_equal_runs(output, reference)
+
+
+def test_a_signal_while_the_model_loads_leaves_the_folder_as_it_was(world, tmp_path):
+    def interrupt() -> None:
+        original = build.load_policy
+
+        def load_policy(*args):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return original(*args)
+
+        build.load_policy = load_policy
+
+    output = tmp_path / "runs" / "run"
+    output.parent.mkdir()
+    assert finish(arguments(world, output), interrupt) == Status.STOPPED_BY_SIGNAL
+    assert not output.exists()
+    assert "nothing was saved" in printed_file(output).read_text()
 
 
 def count_microbatches(counted: list[int], at: int, action: Callable[[], None]) -> None:

@@ -37,6 +37,7 @@ class TrainBatch:
     reference_log_probs: Tensor | None = None  # (B, T-1)
     has_gradient: Tensor | None = None  # (B,) bool: rollouts that go through the model; None: all
     denominators: Tensor | None = None  # (B,) what each sequence's summed loss is divided by
+    vocabulary_size: int | None = None  # ids from here on were never sampled, and have no probability; None: all have
 
     @property
     def rows_with_gradient(self) -> Tensor:
@@ -44,7 +45,13 @@ class TrainBatch:
         return torch.ones(len(self.rewards), dtype=torch.bool) if self.has_gradient is None else self.has_gradient
 
 
-def make_train_batch(rollouts: Sequence[Rollout], rewards: Tensor, advantages: Tensor, pad_id: int) -> TrainBatch:
+def make_train_batch(
+    rollouts: Sequence[Rollout],
+    rewards: Tensor,
+    advantages: Tensor,
+    pad_id: int,
+    vocabulary_size: int | None = None,
+) -> TrainBatch:
     """The very ids that were sampled, with rewards and advantages (B,), as tensors on the CPU."""
     prompts = [rollout.prompt.token_ids for rollout in rollouts]
     responses = [rollout.response_ids for rollout in rollouts]
@@ -61,6 +68,7 @@ def make_train_batch(rollouts: Sequence[Rollout], rewards: Tensor, advantages: T
         rewards=rewards,
         advantages=advantages,
         sampler_log_probs=sampler_log_probs,
+        vocabulary_size=vocabulary_size,
     )
 
 
@@ -111,6 +119,7 @@ class Microbatch:
     reference_log_probs: Tensor | None  # (M, t-1)
     denominators: Tensor | None  # (M,)
     packing: Packing | None  # the same tokens without padding, for policies that take them so
+    vocabulary_size: int | None
 
     def loss_inputs(self, policy_log_probs: Tensor) -> LossInputs:
         """What a loss sees of these rows, with log-probs (M, t-1) under the weights now."""
@@ -172,6 +181,7 @@ def take_microbatch(policy: torch.nn.Module, batch: TrainBatch, rows: Tensor) ->
         reference_log_probs=picked(batch.reference_log_probs),
         denominators=picked(batch.denominators),
         packing=pack(input_ids, mask).to(device) if is_packable(policy) and mask.any() else None,
+        vocabulary_size=batch.vocabulary_size,
     )
 
 

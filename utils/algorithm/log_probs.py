@@ -43,6 +43,7 @@ def policy_log_probs(
             with_entropy=with_entropy,
             response_index=microbatch.response_index,
             packing=microbatch.packing,
+            vocabulary_size=microbatch.vocabulary_size,
         )
 
 
@@ -86,6 +87,7 @@ def response_log_probs(
     with_entropy: bool = False,
     response_index: Tensor | None = None,
     packing: Packing | None = None,
+    vocabulary_size: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probs of response tokens under softmax(logits / temperature), and that distribution's entropy, in nats.
 
@@ -103,6 +105,8 @@ def response_log_probs(
         response_index: (N,) int64, `response_mask.flatten().nonzero()`, if it was computed before: finding it on an
             accelerator makes the host wait for the device.
         packing: `pack(input_ids, response_mask)`, if it was computed before, for the same reason.
+        vocabulary_size: ids from here on have no probability; None: all ids have. Models pad their vocabulary beyond
+            the tokenizer's, and no engine samples such an id.
 
     Returns:
         log_probs (B, T-1) float32, with gradient, and entropy (B, T-1) float32 or None; both 0 outside the mask.
@@ -125,9 +129,12 @@ def response_log_probs(
         if torch.is_autocast_enabled(hidden.device.type):
             autocast_dtype = torch.get_autocast_dtype(hidden.device.type)
             hidden, weight = hidden.to(autocast_dtype), weight.to(autocast_dtype)
-        log_probs, entropy = chunked_log_probs(hidden, weight, labels, temperature, chunk_size, with_entropy)
+        log_probs, entropy = chunked_log_probs(
+            hidden, weight, labels, temperature, chunk_size, with_entropy, vocabulary_size
+        )
     else:
         logits = policy(input_ids, use_cache=False).logits.flatten(0, 1).index_select(0, hidden_index)
+        logits = logits[:, :vocabulary_size]
         logits = logits.to(_wide(logits.dtype)) / temperature
         log_probs = logits.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
         entropy = compute_entropy(logits.detach()) if with_entropy else None
@@ -195,12 +202,14 @@ def chunked_log_probs(
     temperature: float = 1.0,
     chunk_size: int = 2048,
     with_entropy: bool = False,
+    vocabulary_size: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Hidden states (N, H), head weight (V, H), labels (N,) -> log-probs (N,) and entropy (N,) or None, float32, nats.
 
-    Both are of softmax(hidden @ weight.T / temperature); gradients flow through the log-probs alone.
+    Both are of softmax(hidden @ weight.T / temperature), over the first `vocabulary_size` ids (None: all); gradients
+    flow through the log-probs alone.
     """
-    return _ChunkedHead.apply(hidden, weight, labels, temperature, chunk_size, with_entropy)
+    return _ChunkedHead.apply(hidden, weight, labels, temperature, chunk_size, with_entropy, vocabulary_size)
 
 
 class _ChunkedHead(torch.autograd.Function):
@@ -220,7 +229,9 @@ class _ChunkedHead(torch.autograd.Function):
         temperature: float,
         chunk_size: int,
         with_entropy: bool,
+        vocabulary_size: int | None,
     ) -> tuple[Tensor, Tensor | None]:
+        known = weight[:vocabulary_size]  # a view: inside, so that no gradient of a slice has to be put back
         log_probs = torch.empty(len(labels), dtype=_wide(hidden.dtype), device=hidden.device)
         log_normalizers = torch.empty_like(log_probs)
         entropy = torch.empty_like(log_probs) if with_entropy else None
@@ -228,7 +239,7 @@ class _ChunkedHead(torch.autograd.Function):
         for start in range(0, len(labels), chunk_size):
             rows = slice(start, start + chunk_size)
             log_softmax = None  # freed before the next chunk is made
-            log_softmax = _scaled_logits(hidden[rows], weight, temperature)
+            log_softmax = _scaled_logits(hidden[rows], known, temperature)
             log_normalizers[rows] = log_softmax.logsumexp(-1)
             log_softmax.sub_(log_normalizers[rows, None])
             log_probs[rows] = log_softmax.gather(-1, labels[rows, None]).squeeze(-1)
@@ -236,6 +247,7 @@ class _ChunkedHead(torch.autograd.Function):
                 entropy[rows] = log_softmax.exp().mul_(log_softmax).sum(-1).neg_()
         ctx.save_for_backward(hidden, weight, labels, log_normalizers)
         ctx.temperature, ctx.chunk_size, ctx.last_log_softmax = temperature, chunk_size, log_softmax
+        ctx.vocabulary_size = vocabulary_size
         if entropy is not None:
             ctx.mark_non_differentiable(entropy)
         return log_probs, entropy
@@ -244,20 +256,21 @@ class _ChunkedHead(torch.autograd.Function):
     def backward(ctx: Any, grad_log_probs: Tensor, _grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, labels, log_normalizers = ctx.saved_tensors
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        known, grad_known = weight[: ctx.vocabulary_size], grad_weight[: ctx.vocabulary_size]
         for start in reversed(range(0, len(labels), ctx.chunk_size)):
             rows = slice(start, start + ctx.chunk_size)
             log_softmax, ctx.last_log_softmax = ctx.last_log_softmax, None
             if log_softmax is None:
-                log_softmax = _scaled_logits(hidden[rows], weight, ctx.temperature).sub_(log_normalizers[rows, None])
+                log_softmax = _scaled_logits(hidden[rows], known, ctx.temperature).sub_(log_normalizers[rows, None])
             # d log p(label) / d logits = (onehot(label) - softmax) / temperature
             upstream = grad_log_probs[rows, None] / ctx.temperature
             grad_logits = log_softmax.exp_().mul_(-upstream).scatter_add_(-1, labels[rows, None], upstream)
             del log_softmax
             grad_logits = grad_logits.to(weight.dtype)
-            torch.mm(grad_logits, weight, out=grad_hidden[rows])
-            grad_weight.addmm_(grad_logits.T, hidden[rows])
+            torch.mm(grad_logits, known, out=grad_hidden[rows])
+            grad_known.addmm_(grad_logits.T, hidden[rows])
             del grad_logits
-        return grad_hidden, grad_weight, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None
 
 
 def _scaled_logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:

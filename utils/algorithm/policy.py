@@ -8,7 +8,14 @@ import warnings
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils.logging import disable_progress_bar
 
 from configs.defaults import Training
@@ -33,14 +40,23 @@ def load_policy(model_path: str, training: Training) -> PreTrainedModel:
     if training.device == "cpu":
         choose_cpu_products(training.use_onednn)
     try:
+        config = AutoConfig.from_pretrained(model_path, trust_remote_code=False)
+        dropouts = switch_off_dropout(config)
         policy = AutoModelForCausalLM.from_pretrained(
             model_path,
+            config=config,
             trust_remote_code=False,  # with None, its default, it asks on the terminal and then runs the folder's code
             dtype=getattr(torch, training.dtype),
             attn_implementation=training.attention_type,
         )
     except (OSError, ImportError, ValueError, SafetensorError) as error:
         raise ValueError(f"paths.model_path = {model_path!r}: cannot load the model: {_one_line(error)}") from error
+    if dropouts:
+        warnings.warn(
+            f"{model_path}: its dropout is switched off ({', '.join(dropouts)}): with it, the ratio of the policy to "
+            "the one that sampled would be noise",
+            stacklevel=2,
+        )
     disable_progress_bar()  # loading has shown its own; every save to come would show one more
     policy.to(training.device).train()
     if training.use_gradient_checkpointing:
@@ -55,6 +71,18 @@ def load_policy(model_path: str, training: Training) -> PreTrainedModel:
         # in place, so that parameter names stay as they are; dynamic, since every microbatch has a length of its own
         policy.get_decoder().compile(dynamic=True)
     return policy
+
+
+def switch_off_dropout(config: PreTrainedConfig) -> list[str]:
+    """Set every dropout rate in a model's config to 0, in place; returns those that were not, as `name 0.1`."""
+    text_config = config.get_text_config()
+    switched_off = [
+        name for name, value in vars(text_config).items() if "drop" in name and isinstance(value, float) and value > 0
+    ]
+    described = [f"{name} {getattr(text_config, name)}" for name in switched_off]
+    for name in switched_off:
+        setattr(text_config, name, 0.0)
+    return described
 
 
 def choose_cpu_products(use_onednn: bool) -> None:

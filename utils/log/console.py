@@ -26,7 +26,7 @@ EVAL_PARTS = (
 
 
 class TrainingConsole:
-    """Lines on stdout, the progress bar under them. Without a terminal there is no bar, and no line is wrapped."""
+    """Lines on stdout, with the progress bar below them. Without a terminal there is no bar."""
 
     def __init__(self, n_grpo_steps: int, completed: int) -> None:
         self._n_grpo_steps = n_grpo_steps

@@ -1,4 +1,4 @@
-"""What a run says while it trains: the console, the JSONL files, and the tracker."""
+"""What a run writes while it trains: the console, the JSONL files, and the tracker."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from utils.log.files import (
     STATUS_FILE,
     STATUSES,
     WARNINGS_FILE,
+    CannotWrite,
     cut_rows,
     encode_row,
     write_atomically,
@@ -46,11 +47,11 @@ class RunLog:
         resume_at: int | None = None,
         evaluated_at: int | None = None,
     ) -> None:
-        """Open the files of `output_dir`, made if need be.
+        """Open the files of `output_dir`, which is made if it is absent.
 
-        `resume_at=k` goes on after GRPO step k, last evaluated at step `evaluated_at` (-1: not yet; None: at k): later
-        rows and rollouts are cut, so that each stands once, while warnings stay. `tracker_id` is the `tracker_id` of
-        the run that is resumed. Raises FileExistsError if metrics are there already and `resume_at` is None.
+        `resume_at=k` goes on after GRPO step k, last evaluated at step `evaluated_at` (-1: not yet; None: at k). Later
+        rows and rollouts are cut, so that each step is there once; warnings stay. `tracker_id` is the `tracker_id` of
+        the run that is resumed. Raises FileExistsError if the folder has metrics although `resume_at` is None.
         """
         self._output_dir = Path(output_dir)
         self._output_dir.mkdir(parents=True, exist_ok=True)
@@ -91,12 +92,12 @@ class RunLog:
 
     @property
     def tracker_id(self) -> str | None:
-        """What a resumed run passes as `tracker_id`; None without a tracker."""
+        """What a resumed run passes as `tracker_id`; None if there is no tracker."""
         return self._tracker.run_id
 
     @property
     def time(self) -> float:
-        """Seconds this run has been running, its resumed parts added up."""
+        """Seconds that this run has been running, over all its resumed parts."""
         return time.monotonic() - self._started
 
     def train_step(self, grpo_step: int, metrics: dict[str, float]) -> dict[str, float]:
@@ -142,44 +143,55 @@ class RunLog:
         self._console.line(text)
 
     def end_progress(self) -> None:
-        """End the progress bar where it is; lines that follow stand below it."""
+        """End the progress bar where it is; later lines come below it."""
         self._console.close()
 
     def warn(self, text: str) -> None:
-        """Print a warning and keep it in warnings.jsonl."""
+        """Print a warning and keep it in warnings.jsonl, unless the disk is full: then it is on the console alone."""
         self._console.line(f"warning: {text}", style="yellow")
         row = {"grpo_step": self._grpo_step, "time": round(self.time, 3), "warning": text}
-        with (self._output_dir / WARNINGS_FILE).open("a") as file:
+        with contextlib.suppress(OSError), (self._output_dir / WARNINGS_FILE).open("a") as file:
             file.write(encode_row(row) + "\n")
 
     def close(self, status: str, detail: str = "") -> None:
         """Write status.json and let go of terminal, files and tracker. Called again, it does nothing.
 
-        `status` says how the run ended: finished, collapsed, interrupted, time_limit or failed.
+        `status` says how the run ended: finished, collapsed, interrupted, time_limit or failed. Raises CannotWrite
+        if status.json cannot be written, after the rest is closed.
         """
         if status not in STATUSES:
             raise ValueError(f"status {status!r} is none of {', '.join(STATUSES)}")
         if not self._files:
             return
         row = {"status": status, "grpo_step": self._grpo_step, "time": round(self.time, 3), "detail": detail}
-        write_atomically(self._output_dir / STATUS_FILE, encode_row(row) + "\n")
-        for file in self._files.values():
-            file.close()
-        self._files = {}
-        self._console.close()
-        with self._tracker_may_fail():
-            self._tracker.close(status)
+        files, self._files = self._files, {}
+        try:
+            write_atomically(self._output_dir / STATUS_FILE, encode_row(row) + "\n")
+        finally:
+            for file in files.values():
+                with contextlib.suppress(OSError):  # what a full disk refused before is refused again
+                    file.close()
+            self._console.close()
+            with self._tracker_may_fail():
+                self._tracker.close(status)
 
     def __enter__(self) -> RunLog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
         status = "finished" if kind is None else "interrupted" if kind is KeyboardInterrupt else "failed"
-        self.close(status, "" if error is None else f"{kind.__name__}: {error}")
+        try:
+            self.close(status, "" if error is None else f"{kind.__name__}: {error}")
+        except CannotWrite:
+            if error is None:
+                raise
 
     def _write(self, file_name: str, row: dict[str, Any]) -> None:
-        self._files[file_name].write(encode_row(row) + "\n")
-        self._files[file_name].flush()
+        try:
+            self._files[file_name].write(encode_row(row) + "\n")
+            self._files[file_name].flush()
+        except OSError as error:
+            raise CannotWrite(self._output_dir / file_name, error) from error
 
     def _write_metrics(self, axis: dict[str, int], metrics: dict[str, float]) -> None:
         values = {name: int(v) if name == "optimizer_step" else float(v) for name, v in metrics.items()}
@@ -190,7 +202,7 @@ class RunLog:
 
     @contextlib.contextmanager
     def _tracker_may_fail(self) -> Iterator[None]:
-        """A tracker that fails is warned of once and left alone from then on."""
+        """If the tracker fails, warn once and go on without it."""
         try:
             yield
         except tracker_errors() as error:

@@ -11,7 +11,7 @@ TRACKER_TIMEOUT = 30.0  # seconds that a dead network may cost at the start of a
 
 
 class NullTracker:
-    """In place of a tracker: one that is off, or that has failed."""
+    """Stands in for a tracker that is off, or that has failed."""
 
     offline_because = ""
 
@@ -88,7 +88,7 @@ def _first_line(error: Exception) -> str:
 def fetch_wandb_runs(project: str) -> list[dict[str, Any]]:
     """The runs of `entity/project`, or the one of `entity/project/run_id`: name, id, seed, ending, and history as rows.
 
-    Raises ValueError where they can't be fetched.
+    Raises ValueError if they can't be fetched.
     """
     try:
         import wandb

@@ -28,20 +28,20 @@ GB = 1e9
 
 def show_dry_run(config: Config, resume: bool, allow_changes: bool, full: bool) -> bool:
     """Print what `--dry-run` has to say; True if nothing that it can see keeps the run from starting."""
-    found = list(obstacles(config, resume, allow_changes))
-    print(describe_run(config, found, full))
-    return not found
+    in_the_way = list(obstacles(config, resume, allow_changes))
+    print(describe_run(config, in_the_way, full))
+    return not in_the_way
 
 
-def describe_run(config: Config, found: Sequence[str] = (), full: bool = False) -> str:
-    """The text of `--dry-run`: the obstacles found, what is worth knowing, the config, and what follows from it.
+def describe_run(config: Config, in_the_way: Sequence[str] = (), full: bool = False) -> str:
+    """The text of `--dry-run`: the obstacles in the way, what is worth knowing, the config, and what follows from it.
 
     Only fields that differ from their defaults are shown, unless `full`.
     """
     prompt = longest_prompt(config)
     which = "every field" if full else "what differs from the defaults (--full shows every field)"
     parts = {
-        "what keeps it from starting here": [f"- {line}" for line in found] or ["nothing"],
+        "what keeps it from starting here": [f"- {line}" for line in in_the_way] or ["nothing"],
         "worth knowing": [f"- {note}" for note in notes(config, prompt)],
         f"config: {which}": list(_config_lines(config, full)) or ["nothing"],
         "what follows": [f"{name}: {value}" for name, value in consequences(config, prompt)],
@@ -57,7 +57,7 @@ def notes(config: Config, prompt: LongestPrompt) -> Iterator[str]:
     """What is allowed, and yet may not be what was meant."""
     t, model_path = config.training, config.paths.model_path
     if t.top_p < 1.0:
-        yield "the trainer's log-probs know nothing of top_p below 1: train/sampler_kl shows how far they are off"
+        yield "the trainer's log-probs ignore top_p, unlike the sampler's: train/sampler_kl shows the difference"
     if _optimizer_steps(config) > 1 and t.loss_type in ("no_baseline", "reinforce_with_baseline"):
         yield f"{t.loss_type} does not correct for off-policy steps"
     try:
@@ -65,7 +65,7 @@ def notes(config: Config, prompt: LongestPrompt) -> Iterator[str]:
         validation, _ = read_problems(config.paths.val_data_file)
         yield from notes_on_data(train, validation, t.rollout_batch_size // t.group_size)
     except (ValueError, OSError):
-        pass  # told among the obstacles
+        pass  # an obstacle says so
     if not is_local(model_path) and not is_cached(model_path):
         size = bytes_to_fetch(model_path)
         amount = "an unknown amount" if size is None else f"about {size / GB:.1f} GB"
@@ -77,7 +77,7 @@ def _memory_notes(config: Config, prompt: LongestPrompt) -> Iterator[str]:
     try:
         parts = estimated_memory(config, prompt.tokens)
     except ValueError:
-        return  # `memory_lines` tells why
+        return  # `memory_lines` says why
     peak, (memory, whose) = _peak(parts), _memory(config)
     if peak > memory:
         yield f"it DOES NOT FIT: about {peak / GB:.1f} GB are needed of the {memory / GB:.1f} GB {whose}; {LESS_MEMORY}"

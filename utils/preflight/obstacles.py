@@ -1,8 +1,8 @@
-"""What keeps a run from starting, as far as that shows before anything is loaded. Each obstacle is a line with its
-remedy."""
+"""What keeps a run from starting, as far as that shows before anything is loaded: one line each, with its remedy."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,7 +22,8 @@ from utils.log.output import holds_run, unwritable
 from utils.own_code import digest, unusable_own
 from utils.preflight.config import load_config
 from utils.preflight.config_rules import ConfigError, own_code
-from utils.preflight.hub import is_cached, why_not_fetched
+from utils.preflight.disk import too_little_space
+from utils.preflight.hub import unavailable
 from utils.preflight.machine import has_gpu
 from utils.preflight.model_files import context_of, is_local, lacks_chat_template, model_config
 from utils.preflight.resume_rules import changed_fields
@@ -49,7 +50,7 @@ def check_before_loading(config: Config, resume: bool, allow_changes: bool) -> N
 
 
 def refuse(obstacles: Iterable[str]) -> None:
-    """Raise ConfigError if there are any obstacles, a line each."""
+    """Raise ConfigError if there are any obstacles, one line each."""
     lines = list(obstacles)
     if lines:
         raise ConfigError("\n       ".join(lines))
@@ -60,6 +61,8 @@ def obstacles(config: Config, resume: bool, allow_changes: bool) -> Iterator[str
     yield from shortfalls(config)
     yield from unusable_files(config)
     yield from output_obstacles(config, resume, allow_changes)
+    with contextlib.suppress(ValueError):  # a config.json that cannot be read: loading the model says so
+        yield from too_little_space(config, model_config(config.paths.model_path))
 
 
 def shortfalls(config: Config, inputs: Sequence[str] = INPUTS) -> Iterator[str]:
@@ -102,10 +105,8 @@ def _model_obstacles(config: Config) -> Iterator[str]:
             hint = _where_to_get(model_path, "give a checkpoint folder or a hub name")
             yield f"{named}: no config.json there; {hint}"
             return
-    elif not is_cached(model_path):
-        reason = why_not_fetched(model_path)
-        if reason is not None:
-            yield f"{named}: {reason}"
+    elif (reason := unavailable(model_path)) is not None:
+        yield f"{named}: {reason}"
     try:
         sizes = model_config(model_path)
         context = None if sizes is None else context_of(sizes)

@@ -34,8 +34,9 @@ from utils.rewards.grader import Grader
 from utils.run.checkpoint import Checkpoints, TrainState
 from utils.run.ending import StopRequest, TimeLimit
 from utils.run.engine_check import EngineCheck
+from utils.run.learner import Learner
 from utils.run.memory_tracker import MemoryTracker
-from utils.run.run import Learner, Run
+from utils.run.run import Run
 from utils.run.step_meter import StepMeter
 from utils.run.trial import try_longest_microbatch
 from utils.run.watchers import Watchers
@@ -68,8 +69,10 @@ def assemble(
     validation_prompts, more_notes = load_prompts(config, config.paths.val_data_file, tokenizer)
     problem_sets = [[prompt.problem for prompt in prompts] for prompts in (train_prompts, validation_prompts)]
     more_notes += notes_on_data(*problem_sets, prompts_per_step=t.rollout_batch_size // t.group_size)
+    stop_request.check_while_loading()
     longest_prompt = max(len(prompt.token_ids) for prompt in (*train_prompts, *validation_prompts))
     policy, optimizer, engine = build_learner(config, model_path, tokenizer, longest_prompt)
+    stop_request.check_while_loading()
     stop_request.install()  # vLLM and others may have put handlers of their own in place
 
     problem_stream, watchers = ProblemStream(train_prompts, t.seed), Watchers(config)

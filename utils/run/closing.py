@@ -1,4 +1,4 @@
-"""The last lines of a run: where what it made is, and what people usually do next."""
+"""The last lines of a run: its files, and what people usually do next."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WHAT_A_RUN_LEAVES = {
 
 
 def closing_lines(output_dir: Path, status: Status) -> list[str]:
-    """What lies in `output_dir`, then commands to try."""
+    """The files in `output_dir`, then commands to try."""
     files = [
         f"  {what:16} {output_dir / file}" for what, file in WHAT_A_RUN_LEAVES.items() if (output_dir / file).exists()
     ]

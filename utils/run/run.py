@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -9,40 +10,25 @@ from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
-import torch
-from transformers import PreTrainedTokenizerBase
-
 from configs.defaults import Config
 from utils.algorithm.batch import TrainBatch
 from utils.algorithm.losses import zero_std_groups
 from utils.algorithm.statistics import UpdateResult
+from utils.log.files import CannotWrite
 from utils.log.run_log import RunLog
 from utils.plots.figures import reward_curve
 from utils.preflight.machine import estimated_memory
-from utils.problems import ProblemStream
-from utils.records import Prompt, Reward, Rollout, RolloutEngine
-from utils.rewards.functions import RewardScorer
+from utils.records import Prompt, Reward, Rollout
 from utils.run.checkpoint import Checkpoints, TrainState
 from utils.run.closing import closing_lines
 from utils.run.ending import Status, StopRequest, TimeLimit
 from utils.run.engine_check import EngineCheck
 from utils.run.evaluate import evaluate, response_metrics
+from utils.run.learner import Learner
 from utils.run.look import LOOK_RESPONSES, look_before_training
 from utils.run.step_meter import StepMeter
 from utils.run.watchers import Watchers
 from utils.seeding import capture_random_state, derive_seed
-
-
-@dataclass
-class Learner:
-    """What a GRPO step needs."""
-
-    policy: torch.nn.Module
-    tokenizer: PreTrainedTokenizerBase
-    optimizer: torch.optim.Optimizer
-    engine: RolloutEngine
-    scorer: RewardScorer
-    problem_stream: ProblemStream
 
 
 @dataclass
@@ -73,9 +59,11 @@ class Run:
     ) -> None:
         """Close everything. A run that an exception ends says where it can be resumed from; nothing more is saved."""
         if error is not None:
-            step = self.state.steps_done + 1
-            self.log.warn(f"the run ends with {kind.__name__} in GRPO step {step}. {self._how_to_resume()}")
-            self.log.close("failed", f"{kind.__name__}: {error}")
+            if not isinstance(error, CannotWrite):  # which `main` reports
+                step = self.state.steps_done + 1
+                self.log.warn(f"the run ends with {kind.__name__} in GRPO step {step}. {self.how_to_resume()}")
+            with contextlib.suppress(CannotWrite):
+                self.log.close("failed", f"{kind.__name__}: {error}")
         self.learner.engine.close()
         self.learner.scorer.grader.close()
         self.lock.close()
@@ -118,8 +106,7 @@ class Run:
 
     def check_engine(self, rollouts: Sequence[Rollout]) -> None:
         """Did the engine sample from the policy's weights? Asked now and then; raises EngineOutOfStep."""
-        learner = self.learner
-        self.meter.add(self.engine_check.if_due(learner.engine, learner.policy, rollouts, self.state.steps_done))
+        self.meter.add(self.engine_check.if_due(self.learner, rollouts, self.state.steps_done))
 
     def finish_step(
         self, rollouts: Sequence[Rollout], rewards: Sequence[Reward], batch: TrainBatch, update: UpdateResult
@@ -254,7 +241,8 @@ class Run:
                 estimate = f"unknown ({error})"
             self.log.note(f"peak memory while training: {measured_gb:.2f} GB; the longest case, estimated: {estimate}")
 
-    def _how_to_resume(self) -> str:
+    def how_to_resume(self) -> str:
+        """What there is to go on from after a run that ended without a save."""
         newest = self.checkpoints.newest()
         if newest is None:
             return "No checkpoint was saved yet: --resume begins anew"
