@@ -170,7 +170,9 @@ class Training:
     max_val_examples: int | None = option(
         1024, "number of validation problems that evaluations use, always the same ones; null is all", low=1
     )
-    checkpoint_interval: int | None = option(4, "GRPO steps between checkpoints; null is only at the end", low=1)
+    checkpoint_interval: int | None = option(
+        4, "GRPO steps between checkpoints, besides those at a new best and at the end; null is only those", low=1
+    )
     checkpoint_keep: int = option(
         2, "how many of the newest checkpoints are kept, besides the best and the last", low=1
     )
@@ -186,7 +188,7 @@ class Training:
         low=0,
     )
     wandb_project: str = option("", "project on Weights & Biases to log to; empty is off")
-    wandb_run_name: str = option("", "name of the run on Weights & Biases; empty lets it choose")
+    wandb_run_name: str = option("", "name of the run on Weights & Biases; empty is the end of output_dir")
     wandb_tags: list[str] = option([], "tags of the run on Weights & Biases")
 
     track_peak_memory: bool = option(

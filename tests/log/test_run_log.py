@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from utils.log import console as console_module
 from utils.log.files import (
     UNFINISHED,
     CannotWrite,
@@ -278,10 +279,37 @@ def test_plain_lines_without_a_terminal(tmp_path: Path, capsys: pytest.CaptureFi
         log.note("x" * 300)
         log.warn("[bold]as it is[/bold]")
     assert capsys.readouterr().out.splitlines() == [
-        "step   7/100  reward 0.500  loss nan  tokens/s 12,346",
+        "step   7/100  reward 0.500  loss nan  tokens/s 12,346  left 0:00:00",
         "x" * 300,
         "warning: [bold]as it is[/bold]",
     ]
+
+
+def test_on_policy_the_share_of_groups_with_a_signal_stands_in_for_the_loss(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    metrics = {"reward": 0.5, "loss": 1e-9, "frac_zero_std_groups": 0.25}
+    with RunLog(tmp_path, n_grpo_steps=2) as log:
+        log.train_step(1, metrics | {"mean_ratio": 1.0})
+        log.train_step(2, metrics | {"mean_ratio": 1.01})
+    first, second = capsys.readouterr().out.splitlines()
+    assert "groups with a signal 75%" in first and "loss" not in first
+    assert "groups with a signal 75%" in second and "loss 1e-09" in second
+
+
+def test_time_left_is_told_without_a_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(console_module.time, "monotonic", lambda: clock[0])
+    with RunLog(tmp_path, n_grpo_steps=10) as log:
+        clock[0] = 400.0
+        log.evaluation(0, {"reward": 0.5})  # not counted
+        for step, now in ((1, 430.0), (2, 440.0), (10, 500.0)):
+            clock[0] = now
+            log.train_step(step, {"reward": 0.5})
+    left = [line.partition("  left ")[2] for line in capsys.readouterr().out.splitlines()[1:]]
+    assert left == ["0:04:30", "0:02:40", ""]  # 30 s for 9 steps each, 20 s for 8 each
 
 
 def test_progress_bar_in_a_terminal(tmp_path: Path) -> None:
@@ -409,7 +437,9 @@ def test_the_tracker_shows_rollouts_as_a_table(tmp_path: Path, monkeypatch: pyte
     ]
 
 
-def test_tracker_failures_warn_once_and_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tracker_failures_warn_once_and_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     for fails, expected in (
         ("init", "no connection \\(no route to host\\); kept offline"),
         ("log", "wandb failed, metrics.jsonl goes on without it: CommError: no route to host$"),
@@ -424,6 +454,8 @@ def test_tracker_failures_warn_once_and_the_run_goes_on(tmp_path: Path, monkeypa
     log_with(offline, tmp_path / "offline", monkeypatch)
     assert ("offline",) in offline.calls
     assert "not logged in" in warnings_in(tmp_path / "offline")[0]
+    assert offline.options["name"] == f"{tmp_path.name}/offline"
+    assert f"wandb sync {tmp_path}/offline/wandb/offline-*" in capsys.readouterr().out.splitlines()[-1]
     log_with(None, tmp_path / "missing", monkeypatch)
     (warning,) = warnings_in(tmp_path / "missing")
     assert "ModuleNotFoundError" in warning

@@ -174,6 +174,8 @@ class RunLog:
             self._console.close()
             with self._tracker_may_fail():
                 self._tracker.close(status)
+                if self._tracker.is_offline:
+                    self.note(f"wandb kept this run offline; send it with\n  {self._sync_command}")
 
     def __enter__(self) -> RunLog:
         return self
@@ -212,4 +214,8 @@ class RunLog:
     def _warn_if_offline(self) -> None:
         if self._tracker.offline_because:
             reason = self._tracker.offline_because
-            self.warn(f"wandb: {reason}; kept offline, `wandb sync {self._output_dir}/wandb/offline-*` sends it later")
+            self.warn(f"wandb: {reason}; kept offline, `{self._sync_command}` sends it later")
+
+    @property
+    def _sync_command(self) -> str:
+        return f"wandb sync {self._output_dir}/wandb/offline-*"

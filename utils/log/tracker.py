@@ -14,6 +14,7 @@ class NullTracker:
     """Stands in for a tracker that is off, or that has failed."""
 
     offline_because = ""
+    is_offline = False
 
     def __init__(self, run_id: str | None = None) -> None:
         self.run_id = run_id
@@ -45,6 +46,8 @@ class WandbTracker:
         wandb_settings = wandb.Settings(
             console="off", silent=True, init_timeout=TRACKER_TIMEOUT, finish_timeout=TRACKER_TIMEOUT
         )
+        # offline runs have no name of their own, and the folder's says more than the one wandb would draw
+        name = name or "/".join(output_dir.parts[-2:])
         options = {"project": project, "name": name, "tags": list(tags), "config": config, "dir": output_dir}
         options |= {"settings": wandb_settings} | ({"id": run_id, "resume": "allow"} if run_id else {})
         self.offline_because = ""
@@ -56,6 +59,7 @@ class WandbTracker:
         except wandb.errors.CommError as error:
             self.offline_because = f"no connection ({_first_line(error)})"
             self._run = wandb.init(**options, mode="offline")
+        self.is_offline = bool(self.offline_because) or wandb.setup().settings.mode == "offline"
         self.run_id = self._run.id
         self._run.define_metric("grpo_step")
         self._run.define_metric("train/*", step_metric="grpo_step")

@@ -102,7 +102,8 @@ def consequences(config: Config, prompt: LongestPrompt) -> Iterator[tuple[str, s
     yield "longest prompt", prompt.how
     yield "rollouts by", _engine(config)
     yield "evaluations", _how_often(t.eval_interval, "never", "before training and after every {} steps")
-    yield "checkpoints", _how_often(t.checkpoint_interval, "only at the end", "every {} steps, at a new best")
+    best = "at a new best"
+    yield "checkpoints", _how_often(t.checkpoint_interval, f"{best} and at the end", f"every {{}} steps, {best}")
 
 
 def _optimizer_steps(config: Config) -> int:

@@ -14,7 +14,7 @@ from utils.algorithm.losses import find_loss
 from utils.algorithm.policy import build_optimizer, context_length, load_policy, load_tokenizer
 from utils.engines import build_engine
 from utils.log.files import CONFIG_FILE, save_run_info
-from utils.log.output import claimed
+from utils.log.output import claimed, holds_run
 from utils.log.run_log import RunLog
 from utils.own_code import digests
 from utils.preflight.config import save_config, to_dict
@@ -161,6 +161,7 @@ def load_prompts(config: Config, path: str, tokenizer: PreTrainedTokenizerBase) 
 def open_log(config: Config, resume: bool, state: TrainState, engine_name: str, notes: list[str]) -> RunLog:
     """Open the run's log; write down its config, and what it runs on; say where it stands and what is worth knowing."""
     t, output_dir = config.training, Path(config.paths.output_dir)
+    held_run = holds_run(output_dir)
     own = digests(name for names in own_code(config).values() for name in names)
     # these two come first: a disk that is full refuses them before the log is open
     save_run_info(output_dir, t.seed, own)
@@ -177,16 +178,19 @@ def open_log(config: Config, resume: bool, state: TrainState, engine_name: str, 
         evaluated_at=-1 if state.evaluated_step is None else state.evaluated_step,
     )
     if resume:
-        log.note(what_resume_found(output_dir, state.steps_done, t.n_grpo_steps))
+        tell = log.note if state.steps_done else log.warn
+        tell(what_resume_found(output_dir, state.steps_done, t.n_grpo_steps, held_run))
     log.note(f"rollouts by the {engine_name} engine")
     for note in notes:
         log.warn(note)
     return log
 
 
-def what_resume_found(output_dir: Path, grpo_step: int, n_grpo_steps: int) -> str:
+def what_resume_found(output_dir: Path, grpo_step: int, n_grpo_steps: int, held_run: bool = True) -> str:
     """A line about where the run in the folder stood."""
     if grpo_step == 0:
+        if not held_run:
+            return f"--resume: {output_dir} held NO RUN, so a new one starts there; check paths.output_dir"
         return f"no checkpoint in {output_dir} yet: starting from the beginning"
     if grpo_step < n_grpo_steps:
         return f"resuming after GRPO step {grpo_step} of {n_grpo_steps}"

@@ -127,7 +127,6 @@ class Run:
         if self._is_due(t.eval_interval, step):
             advantages, n = batch.advantages.tolist(), t.n_rollouts_to_log
             self.log.rollouts("train", step, rollouts, rewards, advantages, n=n, group_size=t.group_size)
-        self.watchers.observe(step, written, self.log)
         if self.state.steps_done == 0 and "train_peak_memory_gb" in metrics:
             self._compare_with_estimate(metrics["train_peak_memory_gb"])
         self.limit.record(step=metrics["step_dt"])
@@ -139,8 +138,11 @@ class Run:
             problem_stream=self.learner.problem_stream.state_dict(),
             tracker_id=self.log.tracker_id,
             random=capture_random_state(),
-            **self.watchers.state_dict(),
         )
+        if self.watchers.suspect_collapse(step, written):
+            self.evaluate_if_due(always=True)
+        self.watchers.observe(step, written, self.log)
+        self.state = replace(self.state, **self.watchers.state_dict())
 
     def evaluate_if_due(self, always: bool = False) -> None:
         """Evaluate before training, every `eval_interval` steps and at the end (or `always`), once a step."""
@@ -193,8 +195,8 @@ class Run:
 
     def save_if_due(self) -> None:
         """Save every `checkpoint_interval` steps, at a new best, at the end, and again after a save that failed."""
-        interval, step = self.config.training.checkpoint_interval, self.state.steps_done
-        due = self._is_due(interval, step) or (interval is not None and self.state.best_step == step)
+        step = self.state.steps_done
+        due = self._is_due(self.config.training.checkpoint_interval, step) or self.state.best_step == step
         if step > 0 and (due or self.checkpoints.failure is not None):
             self.save()
 
