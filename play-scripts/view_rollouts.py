@@ -24,7 +24,7 @@ from pathlib import Path
 from rich.console import Console
 from rollout_screen import browse, folded, group_parts, groups_of
 
-from utils.log.files import ROLLOUTS_FILE, Row, read_rows
+from utils.log.files import METRICS_FILE, ROLLOUTS_FILE, Row, is_evaluation, read_rows, step_of
 from utils.log.output import unwritable
 
 PAGE = Path(__file__).with_name("rollout_page.html")
@@ -86,11 +86,24 @@ def select(rollouts: Iterable[Row], arguments: argparse.Namespace) -> list[Row]:
     ]
 
 
-def page(rollouts: Sequence[Row], title: str) -> str:
+def whole_means(run: Path) -> dict[str, dict[int, Row]]:
+    """{split: {step: {metric: value}}} of all the responses of a run, of which only a few are logged."""
+    path = (run.parent if run.is_file() else run) / METRICS_FILE
+    means: dict[str, dict[int, Row]] = {"eval": {}, "train": {}}
+    for row in read_rows(path)[0] if path.exists() else []:
+        split = "eval" if is_evaluation(row) else "train"
+        values = {name: row.get(f"{split}/{name}") for name in ("reward", "mean_response_length")}
+        means[split][step_of(row)] = {name: value for name, value in values.items() if isinstance(value, int | float)}
+    return means
+
+
+def page(rollouts: Sequence[Row], title: str, means: dict[str, dict[int, Row]]) -> str:
     """All rollouts as one HTML page that loads nothing, and in which only its own script can run."""
     template = PAGE.read_text(encoding="utf-8")
     known = [{name: row[name] for name in FIELDS} for row in rollouts]
-    data = json.dumps(known).replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+    data = json.dumps({"rollouts": known, "run": means})
+    for character in "&<>":
+        data = data.replace(character, f"\\u{ord(character):04x}")
     filled = string.Template(template).substitute(title=html.escape(title), data=data, policy="$policy")
     script, style = (re.search(rf"<{tag}>(.*?)</{tag}>", filled, re.DOTALL)[1] for tag in ("script", "style"))
     policy = f"default-src 'none'; script-src '{_digest(script)}'; style-src '{_digest(style)}'"
@@ -132,7 +145,8 @@ def main() -> int:
         return 2
     if arguments.html:
         arguments.html.parent.mkdir(parents=True, exist_ok=True)
-        arguments.html.write_text(page(chosen, f"Rollouts of {arguments.run}"), encoding="utf-8")
+        text = page(chosen, f"Rollouts of {arguments.run}", whole_means(arguments.run))
+        arguments.html.write_text(text, encoding="utf-8")
         print(arguments.html)
         return 0
     groups = groups_of(chosen)

@@ -2,56 +2,20 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import importlib
 import json
 import os
 import pty
 import re
-import shutil
-import subprocess
 import sys
 import time
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from rollout_cases import SCRIPT, hostile_run, view  # noqa: F401, the fixture `run`
 
 from utils.log.run_log import RunLog
 from utils.records import Problem, Prompt, Reward, Rollout
-
-SCRIPT = Path(__file__).parents[2] / "play-scripts" / "view_rollouts.py"
-HOSTILE = [
-    "</script><script>document.title = 'obeyed'</script>",
-    "<img src=x onerror=\"document.title = 'obeyed'\"><style>body { display: none }</style>",
-    "<!-- <script> ]]> &lt;b&gt; $policy ${title} {data}",
-    "\x1b[31mred\x1b]0;obeyed\x07 \x9b1m \u202etxet \u2028 \ud83d é ∑",
-]
-
-
-def view(*arguments: object) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], capture_output=True, text=True)
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    """Evaluations at steps 0 and 4, training at 4: response i has reward i / 10, and is truncated where i is odd."""
-    with RunLog(tmp_path / "run", n_grpo_steps=4) as log:
-        for split, step in (("eval", 0), ("eval", 4), ("train", 4)):
-            rollouts = [
-                Rollout(
-                    Prompt(Problem(f"question {i}", f"truth {i}"), f"prompt {i}", (1,)),
-                    f"{split} response {i} of step {step} {HOSTILE[i]}",
-                    (1,) * (10 + i),
-                    (0.0,) * (10 + i),
-                    "length" if i % 2 else "stop",
-                )
-                for i in range(4)
-            ]
-            rewards = [Reward(float(i > 1), float(i > 2), i / 10) for i in range(4)]
-            log.rollouts(split, step, rollouts, rewards, [i - 1.5 for i in range(4)] if split == "train" else None, n=4)
-    return tmp_path / "run"
 
 
 def shown(output: str) -> set[tuple[str, str, str]]:
@@ -181,65 +145,6 @@ def test_a_terminal_obeys_nothing(run: Path) -> None:
     output = view(run).stdout
     assert set(output) - {"\n"} == {c for c in output if c.isprintable()}
     assert r"\x1b[31mred\x1b]0;obeyed\x07 \x9b1m \u202etxet \u2028 \ud83d é ∑" in output
-
-
-class Elements(HTMLParser):
-    """Elements with their attributes and own text, as a browser finds them."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.found: list[tuple[str, dict]] = []
-        self.texts: dict[str, list[str]] = {}
-        self.current = ""
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.found.append((tag, dict(attrs)))
-        self.current = tag
-
-    def handle_endtag(self, tag: str) -> None:
-        self.current = ""
-
-    def handle_data(self, data: str) -> None:
-        self.texts.setdefault(self.current, []).append(data)
-
-
-def test_page_holds_every_response_as_data_alone(run: Path, tmp_path: Path) -> None:
-    done = view(run, "--html", tmp_path / "out" / "page.html")
-    assert done.stdout.strip() == str(tmp_path / "out" / "page.html"), done.stderr
-    page = (tmp_path / "out" / "page.html").read_text()
-    elements = Elements(page)
-    tags = [tag for tag, _ in elements.found]
-    assert tags.count("script") == 2
-    assert tags.count("style") == 1
-    assert "img" not in tags
-    loading = {"src", "href", "onerror", "onload", "style"}
-    assert not any(loading & set(attributes) for _, attributes in elements.found)
-    assert "innerHTML" not in page
-
-    data, script = elements.texts["script"]
-    logged = [json.loads(line) for line in (run / "rollouts.jsonl").read_text().splitlines()]
-    assert json.loads(data) == logged
-
-    (policy,) = [a["content"] for tag, a in elements.found if a.get("http-equiv") == "Content-Security-Policy"]
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    assert f"script-src 'sha256-{digest}'" in policy
-    assert policy.startswith("default-src 'none'; ")
-
-
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium to open the page with")
-def test_page_in_a_browser(run: Path, tmp_path: Path) -> None:
-    page = tmp_path / "page.html"
-    view(run, "--html", page)
-    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-    done = subprocess.run([*command, "--dump-dom", page.as_uri()], capture_output=True, text=True)
-    elements = Elements(done.stdout)
-    assert elements.texts["title"][0] == f"Rollouts of {run}"
-    assert [tag for tag, _ in elements.found].count("script") == 2
-    kinds = [attributes["class"].split()[0] for tag, attributes in elements.found if tag == "button"]
-    assert kinds == ["wrong"] * 4 + ["format"] * 2 + ["right"] * 2  # four problems at two evaluations
-    responses = [text for text in elements.texts["pre"] if "response" in text]
-    assert [text[:26] for text in responses] == ["eval response 0 of step 0 ", "eval response 0 of step 4 "]
 
 
 def test_bad_input(run: Path, tmp_path: Path) -> None:
