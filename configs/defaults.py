@@ -12,6 +12,7 @@ from typing import Any
 def option(default: Any, doc: str, **rules: Any) -> Any:
     """A config field: its default, doc and rules: `low`/`high` (inclusive), `above`/`below` (exclusive), `choices`.
 
+    With `own_code` a field also takes `path/to/file.py:function`, see docs/own_code.md.
     A field with a `heading` begins a group of fields, for `--help-config`.
     """
     metadata = {"doc": doc, **rules}
@@ -102,6 +103,7 @@ class Training:
             "sapo",
             "dppo",
         ],
+        own_code=True,
     )
     advantage: str = option(
         "group",
@@ -223,9 +225,16 @@ class Training:
     )
     system_prompt: str = option("", "system message for the chat template; empty is none")
 
-    reward_fn: str = option("r1_zero", "reward function that scores responses", heading="Rewards")
+    reward_fn: str = option(
+        "r1_zero",
+        "reward function that scores responses",
+        own_code=True,
+        heading="Rewards",
+    )
     extra_rewards: dict[str, float] = option(
-        {}, "more reward functions; each reward is multiplied by its weight here and added"
+        {},
+        "more reward functions; each reward is multiplied by its weight here and added",
+        own_code=True,
     )
     overlong_buffer: int | None = option(
         None,
@@ -249,7 +258,9 @@ class Training:
     max_val_examples: int | None = option(
         1024, "number of validation problems that evaluations use, always the same ones; null is all", low=1
     )
-    checkpoint_interval: int | None = option(4, "GRPO steps between checkpoints; null is only at the end", low=1)
+    checkpoint_interval: int | None = option(
+        4, "GRPO steps between checkpoints, besides those at a new best and at the end; null is only those", low=1
+    )
     checkpoint_keep: int = option(
         2, "how many of the newest checkpoints are kept, besides the best and the last", low=1
     )
@@ -259,10 +270,13 @@ class Training:
         above=0.0,
     )
     n_rollouts_to_log: int = option(
-        16, "rollouts written to rollouts.jsonl at every evaluation, of training and of validation each", low=0
+        16,
+        "rollouts written to rollouts.jsonl at every evaluation, of training and of validation each; of training whole "
+        "groups, so rounded up to a multiple of group_size",
+        low=0,
     )
     wandb_project: str = option("", "project on Weights & Biases to log to; empty is off")
-    wandb_run_name: str = option("", "name of the run on Weights & Biases; empty lets it choose")
+    wandb_run_name: str = option("", "name of the run on Weights & Biases; empty is the end of output_dir")
     wandb_tags: list[str] = option([], "tags of the run on Weights & Biases")
 
     track_peak_memory: bool = option(

@@ -99,11 +99,12 @@ def evaluate_checkpoint(config: Config, n_samples: int, greedy: bool) -> dict[st
     from utils.problems import fixed_subset
     from utils.rewards.functions import RewardScorer
     from utils.rewards.grader import Grader
-    from utils.run.build import load_prompts
+    from utils.run.build import load_prompts, try_own_code
     from utils.run.evaluate import evaluate
     from utils.seeding import derive_seed
 
     t = config.training
+    try_own_code(config)
     tokenizer = load_tokenizer(config.paths.model_path)
     prompts, notes = load_prompts(config, config.paths.val_data_file, tokenizer)
     print("\n".join(notes), end="\n" if notes else "")

@@ -67,7 +67,6 @@ def mkl_afterwards() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("mkl_afterwards")
-@pytest.mark.filterwarnings("ignore:training.use_onednn")  # where this processor would round
 @pytest.mark.parametrize("attention_type", ["sdpa", "eager"])
 def test_products_by_onednn_agree(tiny_model_dir: Path, plain_weights: torch.Tensor, attention_type: str) -> None:
     weights = weights_after_updates(tiny_model_dir, replace(ON_POLICY, use_onednn=True, attention_type=attention_type))
@@ -76,11 +75,14 @@ def test_products_by_onednn_agree(tiny_model_dir: Path, plain_weights: torch.Ten
 
 
 @pytest.mark.usefixtures("mkl_afterwards")
-def test_products_that_would_be_rounded_stay_with_mkl(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_that_would_be_rounded_stay_with_mkl(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     matmul = torch.backends.mkldnn.matmul
     monkeypatch.setattr(policy_module, "product_error", lambda: 3e-3)
-    with pytest.warns(UserWarning, match="use_onednn: oneDNN rounds to bfloat16 on this processor, so MKL is used"):
-        choose_cpu_products(use_onednn=True)
+    choose_cpu_products(use_onednn=True)
+    said = "note: training.use_onednn: oneDNN rounds to bfloat16 on this processor, so MKL is used\n"
+    assert capsys.readouterr().err == said
     assert matmul.fp32_precision == "none"
     monkeypatch.setattr(policy_module, "product_error", lambda: 3e-7)
     choose_cpu_products(use_onednn=True)
@@ -159,15 +161,17 @@ def tiny_qwen2(attention_dropout: float) -> Qwen2Config:
 
 
 @pytest.mark.parametrize("config", [tiny_gpt2(), tiny_qwen2(attention_dropout=0.5)], ids=["gpt2", "attention"])
-def test_dropout_is_switched_off_and_told(config: PreTrainedConfig, tmp_path: Path) -> None:
+def test_dropout_is_switched_off_and_told(
+    config: PreTrainedConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """At learning rate 0 two optimizer steps leave the ratio at 1: with dropout it would be noise."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     assert any(isinstance(value, float) and value > 0 for name, value in vars(config).items() if "drop" in name)
     model.save_pretrained(tmp_path)
     training = replace(ON_POLICY, train_batch_size=4, loss_type="grpo_clip", learning_rate=1e-30)
-    with pytest.warns(UserWarning, match="dropout is switched off"):
-        policy = load_policy(str(tmp_path), training)
+    policy = load_policy(str(tmp_path), training)
+    assert f"note: {tmp_path}: its dropout is switched off" in capsys.readouterr().err
     assert policy.training
     metrics = update_policy(policy, build_optimizer(policy, training), make_batch(), training, 0).metrics
     assert metrics["mean_ratio"] == pytest.approx(1.0, abs=1e-5)

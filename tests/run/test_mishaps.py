@@ -334,3 +334,37 @@ def test_a_collapse_stops_the_run_with_a_save_where_the_config_says_so(world, tm
     assert finish(arguments(world, warned, *options), lambda: setattr(guard, "REPEAT_INTERVAL", 4)) == Status.FINISHED
     warnings = [row["grpo_step"] for row in rows_of(warned / "warnings.jsonl") if "collapse" in row["warning"]]
     assert warnings == list(range(last, 17, 4))
+
+
+def test_a_collapse_is_evaluated_before_it_is_told(world, tmp_path):
+    """Lengths alone tell of it, long before the next evaluation is due."""
+    output = tmp_path / "run"
+    options = ["training.eval_interval=1000", "training.learning_rate=1.0", "training.n_grpo_steps=30"]
+    assert finish(arguments(world, output, *options, "guard.action=stop", "guard.patience=2")) == Status.COLLAPSED
+    last = trained_steps(output)[-1]
+    assert [row["eval_step"] for row in metrics_of(output) if "eval_step" in row] == [0, last]
+    (told,) = [row for row in rows_of(output / "warnings.jsonl") if "collapse" in row["warning"]]
+    assert told["grpo_step"] == last
+    assert "eval/reward 0" in told["warning"]
+    printed = printed_file(output).read_text()
+    assert printed.index(f"eval {last:2}/30") < printed.index("collapse at GRPO step")
+
+
+def test_the_best_is_kept_without_a_checkpoint_interval(world, reference, tmp_path):
+    output = tmp_path / "run"
+    assert finish(arguments(world, output, "training.checkpoint_interval=null")) == Status.FINISHED
+    rewards = {row["eval_step"]: row["eval/reward"] for row in metrics_of(reference) if row.get("eval_step", 0) > 0}
+    first = metrics_of(reference)[0]["eval/reward"]
+    best = max(rewards, key=rewards.get)
+    if rewards[best] > first:
+        assert (output / "checkpoints" / "best").readlink() == Path(f"step_{best:06d}")
+    saved = sorted(path.name for path in (output / "checkpoints").glob("step_*"))
+    assert saved[-1] == f"step_{N_STEPS:06d}"
+
+
+def test_a_resume_of_nothing_is_told_loudly(world, tmp_path):
+    output = tmp_path / "run"
+    assert finish([*arguments(world, output, "training.n_grpo_steps=1"), "--resume"]) == Status.FINISHED
+    (told,) = [row["warning"] for row in rows_of(output / "warnings.jsonl") if "NO RUN" in row["warning"]]
+    assert str(output) in told
+    assert f"warning: --resume: {output} held NO RUN" in printed_file(output).read_text()

@@ -8,7 +8,6 @@ it must agree with.
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,6 +18,7 @@ from configs.defaults import Training
 from utils.algorithm.batch import Microbatch
 from utils.algorithm.packing import Packing, is_packable, pack, packed_hidden_states
 from utils.algorithm.policy import autocast
+from utils.notes import note
 
 # These backbones take a mask per layer type. Giving them "no mask" spares the check for packed sequences that
 # transformers makes on every forward pass, which waits for the device.
@@ -186,10 +186,9 @@ def has_plain_head(policy: nn.Module) -> bool:
             and torch.allclose(seen["input"], _hidden_states(policy, ids))
         )
         if not plain:
-            warnings.warn(
+            note(
                 f"{type(policy).__name__} does more to its logits than one matrix product: log-probs are computed "
-                "from full logits, which takes more memory",
-                stacklevel=2,
+                "from full logits, which takes more memory"
             )
         _plain_heads[policy] = plain
     return _plain_heads[policy]

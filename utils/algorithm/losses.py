@@ -10,6 +10,7 @@ advantage; sg stops the gradient.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -21,6 +22,7 @@ from utils.algorithm.advantages import compute_advantages
 from utils.algorithm.aggregation import aggregate_loss, length_denominators
 from utils.algorithm.corrections import reference_kl, sampler_weights
 from utils.algorithm.loss_inputs import LossInputs
+from utils.own_code import is_own, load_own, place_of, told_with_file_and_line
 
 PerToken = tuple[Tensor, dict[str, Tensor]]
 
@@ -112,14 +114,15 @@ class Loss:
     """A per-token loss, and what the loop must know of it."""
 
     per_token: Callable[[LossInputs, Training], PerToken]
-    weighs_by: str = "advantages"  # or "rewards": what multiplies the gradient of a token
+    weighs_by: str | None = "advantages"  # or "rewards": what multiplies the gradient of a token; None: unknown
     has_ratio: bool = False  # whether it needs old log-probs, where the weights now are not those that sampled
     clips: bool = False  # whether it reads `cliprange`, `cliprange_high` and `dual_clip`
 
     def has_gradient(self, rewards: Tensor, advantages: Tensor, training: Training) -> Tensor:
         """(B,), (B,) -> (B,) bool: which rollouts can change the policy. The others need no forward pass."""
-        weight = rewards if self.weighs_by == "rewards" else advantages
-        return torch.ones_like(weight, dtype=torch.bool) if training.kl_coef else weight != 0
+        if training.kl_coef or self.weighs_by is None:
+            return torch.ones_like(rewards, dtype=torch.bool)
+        return (rewards if self.weighs_by == "rewards" else advantages) != 0
 
     def needs_old_log_probs(self, training: Training) -> bool:
         """With one optimizer step per rollout batch the weights now are those that sampled: the ratio is 1."""
@@ -140,10 +143,39 @@ LOSSES: dict[str, Loss] = {
 
 
 def find_loss(name: str) -> Loss:
-    """Raises ValueError for a name that LOSSES does not have."""
+    """One of LOSSES, or the function that `path/to/file.py:function` names. Raises ValueError."""
+    if is_own(name):
+        return own_loss(name)
     if name not in LOSSES:
-        raise ValueError(f"unknown loss_type {name!r}; choose one of: {', '.join(LOSSES)}")
+        raise ValueError(f"unknown loss_type {name!r}; choose one of: {', '.join(LOSSES)}, or path/to/file.py:function")
     return LOSSES[name]
+
+
+@functools.cache
+def own_loss(name: str) -> Loss:
+    """A loss from a file. It is tried on a small batch; raises ValueError with file and line if it does not fit."""
+    function = load_own(name)
+
+    def per_token(inputs: LossInputs, training: Training) -> PerToken:
+        with told_with_file_and_line(name):
+            returned = function(inputs, training)
+        values, extras = returned if isinstance(returned, tuple) else (returned, {})
+        if not isinstance(values, Tensor) or values.shape != inputs.policy_log_probs.shape or not values.requires_grad:
+            got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            wanted = tuple(inputs.policy_log_probs.shape)
+            raise ValueError(
+                f"{place_of(name)}: the loss returned {got}; return a tensor of shape {wanted}, the loss of "
+                "each token, that has a gradient"
+            )
+        return values, extras
+
+    log_probs = torch.tensor([[-0.5, -1.0, -0.1], [-2.0, -0.3, -0.7]], requires_grad=True)
+    mask, ones = torch.tensor([[True, True, True], [True, True, False]]), torch.tensor([1.0, 0.0])
+    given = log_probs.detach()
+    sample = LossInputs(log_probs, mask, rewards=ones, advantages=2 * ones - 1, sampler_log_probs=given)
+    for old_log_probs in (None, given):  # on-policy and off-policy
+        per_token(replace(sample, old_log_probs=old_log_probs), Training())
+    return Loss(per_token, getattr(function, "weighs_by", None), getattr(function, "has_ratio", True))
 
 
 def per_token_loss(inputs: LossInputs, training: Training) -> PerToken:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import textwrap
-import warnings
 from dataclasses import replace
 
 import torch
@@ -21,6 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from configs.defaults import Training
 from utils.algorithm.packing import enable_packing
+from utils.notes import note
 
 
 def load_tokenizer(model_path: str) -> PreTrainedTokenizerBase:
@@ -53,20 +53,18 @@ def load_policy(model_path: str, training: Training) -> PreTrainedModel:
     except (OSError, ImportError, ValueError, SafetensorError) as error:
         raise ValueError(f"paths.model_path = {model_path!r}: cannot load the model: {_one_line(error)}") from error
     if dropouts:
-        warnings.warn(
+        note(
             f"{model_path}: its dropout is switched off ({', '.join(dropouts)}): with it, the ratio of the policy to "
-            "the one that sampled would be noise",
-            stacklevel=2,
+            "the one that sampled would be noise"
         )
     disable_progress_bar()  # loading has shown its own; every save to come would show one more
     policy.to(training.device).train()
     if training.use_gradient_checkpointing:
         policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if training.use_packing and not enable_packing(policy):
-        warnings.warn(
+        note(
             f"training.use_packing: {type(policy).__name__} with {training.attention_type} attention is not among what "
-            "it knows, so microbatches are padded",
-            stacklevel=2,
+            "it knows, so microbatches are padded"
         )
     if training.use_compile:
         # in place, so that parameter names stay as they are; dynamic, since every microbatch has a length of its own
@@ -112,7 +110,7 @@ def choose_cpu_products(use_onednn: bool) -> None:
     matmul.fp32_precision = "bf16" if use_onednn else "none"
     if use_onednn and product_error() > 1e-5:  # 3e-7 in float32, 3e-3 in bfloat16
         matmul.fp32_precision = "none"
-        warnings.warn("training.use_onednn: oneDNN rounds to bfloat16 on this processor, so MKL is used", stacklevel=2)
+        note("training.use_onednn: oneDNN rounds to bfloat16 on this processor, so MKL is used")
 
 
 def product_error(size: int = 512) -> float:

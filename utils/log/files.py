@@ -152,8 +152,10 @@ def cut_rows(path: Path, last_step: int, last_evaluation: int | None = None) -> 
     return kept, complaints
 
 
-def save_run_info(output_dir: Path, seed: int) -> None:
+def save_run_info(output_dir: Path, seed: int, own_code: dict[str, str] | None = None) -> None:
     """Write run.json: what was launched, from which code, with which packages. A resumed run adds its own launch.
+
+    `own_code` are the digests of the user's own functions, by their names in the config.
 
     Raises ValueError if the earlier launches cannot be read.
     """
@@ -162,6 +164,7 @@ def save_run_info(output_dir: Path, seed: int) -> None:
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join([sys.executable, *sys.argv]),
         "seed": seed,
+        "own_code": own_code or {},
         "git": git_state(Path(__file__).parents[2]),
         "python": platform.python_version(),
         "platform": platform.platform(),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import random
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,9 +21,9 @@ from utils.log.files import (
     write_atomically,
 )
 from utils.log.metrics import written_names
+from utils.log.rollout_rows import choose_groups, rollout_rows
 from utils.log.tracker import NullTracker, WandbTracker, describe, tracker_errors
 from utils.records import Reward, Rollout
-from utils.seeding import derive_seed
 
 
 class RunLog:
@@ -125,30 +124,19 @@ class RunLog:
         advantages: Sequence[float] | None = None,
         *,
         n: int,
+        group_size: int = 1,
     ) -> None:
-        """Write n of the rollouts of a split: "train", "nonfinite", or "eval", which has the same problems every time.
+        """Write whole groups of a split, as many as n rollouts fill: "train", "nonfinite", or "eval".
 
-        The choice depends on split, step and number alone: no generator is drawn from, and a repeat chooses alike.
+        Rollouts of one prompt are `group_size` side by side. `choose_groups` says which groups are taken.
         """
-        seed = derive_seed(0, f"logging/{split}", 0 if split == "eval" else grpo_step)
-        for i in sorted(random.Random(seed).sample(range(len(rollouts)), min(n, len(rollouts)))):
-            rollout, reward = rollouts[i], rewards[i]
-            row = {
-                "split": split,
-                "grpo_step": grpo_step,
-                "index": i,
-                "question": rollout.prompt.problem.question,
-                "prompt": rollout.prompt.text,
-                "response": rollout.response,
-                "truth": rollout.prompt.problem.answer,
-                "format_reward": float(reward.format),
-                "answer_reward": float(reward.answer),
-                "reward": float(reward.total),
-                "advantage": None if advantages is None else float(advantages[i]),
-                "finish_reason": rollout.finish_reason,
-                "response_length": len(rollout.response_ids),
-            }
+        chosen = choose_groups(split, grpo_step, len(rollouts), group_size, n)
+        rows = list(rollout_rows(split, grpo_step, rollouts, rewards, advantages, group_size=group_size, chosen=chosen))
+        for row in rows:
             self._write(ROLLOUTS_FILE, row)
+        if rows:
+            with self._tracker_may_fail():
+                self._tracker.log_rollouts(split, grpo_step, rows)
 
     def note(self, text: str) -> None:
         """Print a line, above the progress bar."""
@@ -186,6 +174,8 @@ class RunLog:
             self._console.close()
             with self._tracker_may_fail():
                 self._tracker.close(status)
+                if self._tracker.is_offline:
+                    self.note(f"wandb kept this run offline; send it with\n  {self._sync_command}")
 
     def __enter__(self) -> RunLog:
         return self
@@ -224,4 +214,8 @@ class RunLog:
     def _warn_if_offline(self) -> None:
         if self._tracker.offline_because:
             reason = self._tracker.offline_because
-            self.warn(f"wandb: {reason}; kept offline, `wandb sync {self._output_dir}/wandb/offline-*` sends it later")
+            self.warn(f"wandb: {reason}; kept offline, `{self._sync_command}` sends it later")
+
+    @property
+    def _sync_command(self) -> str:
+        return f"wandb sync {self._output_dir}/wandb/offline-*"

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from configs.defaults import Config, Paths, Training
+from utils.own_code import is_own
 from utils.preflight.loss_rules import (
     LOSSES_WITHOUT_BASELINE,
     Rule,
@@ -92,8 +93,10 @@ def check_config(config: Config, origins: Mapping[str, str] | None = None) -> No
 def _broken_rule(value: Any, rules: Mapping[str, Any]) -> str | None:
     if value is None:
         return None
-    if "choices" in rules and value not in rules["choices"]:
-        return f"choose one of: {', '.join(map(str, rules['choices']))}"
+    own_code = rules.get("own_code", False)
+    if "choices" in rules and value not in rules["choices"] and not (own_code and is_own(value)):
+        own = ", or path/to/file.py:function" if own_code else ""
+        return f"choose one of: {', '.join(map(str, rules['choices']))}{own}"
     # written so that NaN breaks them
     if "low" in rules and not value >= rules["low"]:
         return f"must be at least {rules['low']}"
@@ -115,6 +118,14 @@ def _what_null_is(field: dataclasses.Field) -> str:
         return ""
     meaning = re.search(r"null\b[^;,]*", field.metadata["doc"])
     return f"; {meaning[0] if meaning else 'null is off'}"
+
+
+def own_code(config: Config) -> dict[str, list[str]]:
+    """The functions of the user's own that a config names: {field: names}."""
+    t = config.training
+    named = {"training.reward_fn": [t.reward_fn], "training.extra_rewards": list(t.extra_rewards)}
+    named["training.loss_type"] = [t.loss_type]
+    return {field: [name for name in names if is_own(name)] for field, names in named.items()}
 
 
 def _rules_between(config: Config) -> list[Rule]:
@@ -151,7 +162,7 @@ def _size_rules(t: Training) -> list[Rule]:
         ),
         (
             ("training.group_size", "training.loss_type"),
-            t.group_size == 1 and t.loss_type not in LOSSES_WITHOUT_BASELINE,
+            t.group_size == 1 and t.loss_type not in LOSSES_WITHOUT_BASELINE and not is_own(t.loss_type),
             "in a group of 1 every advantage is 0; set group_size to 2 or more, or loss_type to no_baseline",
         ),
         (
@@ -241,5 +252,6 @@ def _reward_rules(key: str, names: Iterable[str]) -> Iterator[Rule]:
     for name in names:
         similar = nearest(name, REWARD_FNS)
         guess = f"did you mean {similar!r}? There" if similar else "there"
-        remedy = f"no reward function {name!r}; {guess} are: {', '.join(REWARD_FNS)}"
-        yield (key,), name not in REWARD_FNS, remedy
+        there = ", ".join(REWARD_FNS)
+        remedy = f"no reward function {name!r}; {guess} are: {there}; or give path/to/file.py:function"
+        yield (key,), name not in REWARD_FNS and not is_own(name), remedy

@@ -8,7 +8,9 @@ from pathlib import Path
 from configs.defaults import Config
 from utils.engines import choose_engine
 from utils.log.files import CONFIG_FILE, METRICS_FILE, ROLLOUTS_FILE, RUN_INFO_FILE, STATUS_FILE, WARNINGS_FILE
+from utils.own_code import file_and_function
 from utils.preflight.config import to_dict
+from utils.preflight.config_rules import own_code
 from utils.preflight.hub import is_cached
 from utils.preflight.loss_rules import LOSSES_WITHOUT_RATIO
 from utils.preflight.machine import ASSUMED_GPU, estimated_memory, gpu_memory, host_memory
@@ -101,7 +103,8 @@ def consequences(config: Config, prompt: LongestPrompt) -> Iterator[tuple[str, s
     yield "longest prompt", prompt.how
     yield "rollouts by", _engine(config)
     yield "evaluations", _how_often(t.eval_interval, "never", "before training and after every {} steps")
-    yield "checkpoints", _how_often(t.checkpoint_interval, "only at the end", "every {} steps, at a new best")
+    best = "at a new best"
+    yield "checkpoints", _how_often(t.checkpoint_interval, f"{best} and at the end", f"every {{}} steps, {best}")
 
 
 def _optimizer_steps(config: Config) -> int:
@@ -152,7 +155,8 @@ def _memory(config: Config) -> tuple[int, str]:
 
 def _files(config: Config) -> Iterator[str]:
     p = config.paths
-    for path in (p.train_data_file, p.val_data_file, p.prompt_template_file, p.model_path):
+    functions = [str(file_and_function(name)[0]) for names in own_code(config).values() for name in names]
+    for path in (p.train_data_file, p.val_data_file, p.prompt_template_file, p.model_path, *dict.fromkeys(functions)):
         yield f"reads  {path}"
     for name in (
         CONFIG_FILE,

@@ -10,13 +10,15 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from configs.defaults import Config
+from utils.algorithm.losses import find_loss
 from utils.algorithm.policy import build_optimizer, context_length, load_policy, load_reference, load_tokenizer
 from utils.engines import build_engine
 from utils.log.files import CONFIG_FILE, save_run_info
-from utils.log.output import claimed
+from utils.log.output import claimed, holds_run
 from utils.log.run_log import RunLog
+from utils.own_code import digests
 from utils.preflight.config import save_config, to_dict
-from utils.preflight.config_rules import ConfigError
+from utils.preflight.config_rules import ConfigError, own_code
 from utils.preflight.obstacles import output_obstacles, refuse
 from utils.problems import (
     ProblemStream,
@@ -27,7 +29,7 @@ from utils.problems import (
     notes_on_data,
 )
 from utils.records import Prompt, RolloutEngine
-from utils.rewards.functions import RewardScorer
+from utils.rewards.functions import RewardScorer, find_reward_fn
 from utils.rewards.grader import Grader
 from utils.run.checkpoint import Checkpoints, TrainState
 from utils.run.ending import StopRequest, TimeLimit
@@ -52,6 +54,7 @@ def build_run(config: Config, resume: bool, allow_changes: bool, stop_request: S
         raise ConfigError(f"training.device = {device!r}: torch finds no GPU that it can use; set training.device=cpu")
     with claimed(Path(config.paths.output_dir)) as lock:
         checkpoint = find_checkpoint(config, resume, allow_changes)
+        try_own_code(config)
         return assemble(config, checkpoint, resume, stop_request, limit, lock)
 
 
@@ -123,6 +126,16 @@ def build_learner(
     return policy, optimizer, engine
 
 
+def try_own_code(config: Config) -> None:
+    """Load the user's own functions, which tries them. Raises ValueError with field, file and line."""
+    for field, names in own_code(config).items():
+        for name in names:
+            try:
+                find_loss(name) if field == "training.loss_type" else find_reward_fn(name)
+            except ValueError as error:
+                raise ConfigError(f"{field} = {name!r}: {error}") from error
+
+
 def find_checkpoint(config: Config, resume: bool, allow_changes: bool) -> Path | None:
     """The checkpoint to go on from, None to begin. Raises ConfigError where the folder's run forbids either."""
     refuse(output_obstacles(config, resume, allow_changes))  # asked before; another process may have come since
@@ -151,7 +164,10 @@ def load_prompts(config: Config, path: str, tokenizer: PreTrainedTokenizerBase) 
 def open_log(config: Config, resume: bool, state: TrainState, engine_name: str, notes: list[str]) -> RunLog:
     """Open the run's log; write down its config, and what it runs on; say where it stands and what is worth knowing."""
     t, output_dir = config.training, Path(config.paths.output_dir)
-    save_run_info(output_dir, t.seed)  # these two come first: a disk that is full refuses them before the log is open
+    held_run = holds_run(output_dir)
+    own = digests(name for names in own_code(config).values() for name in names)
+    # these two come first: a disk that is full refuses them before the log is open
+    save_run_info(output_dir, t.seed, own)
     save_config(config, output_dir / CONFIG_FILE)
     log = RunLog(
         output_dir,
@@ -165,16 +181,19 @@ def open_log(config: Config, resume: bool, state: TrainState, engine_name: str, 
         evaluated_at=-1 if state.evaluated_step is None else state.evaluated_step,
     )
     if resume:
-        log.note(what_resume_found(output_dir, state.steps_done, t.n_grpo_steps))
+        tell = log.note if state.steps_done else log.warn
+        tell(what_resume_found(output_dir, state.steps_done, t.n_grpo_steps, held_run))
     log.note(f"rollouts by the {engine_name} engine")
     for note in notes:
         log.warn(note)
     return log
 
 
-def what_resume_found(output_dir: Path, grpo_step: int, n_grpo_steps: int) -> str:
+def what_resume_found(output_dir: Path, grpo_step: int, n_grpo_steps: int, held_run: bool = True) -> str:
     """A line about where the run in the folder stood."""
     if grpo_step == 0:
+        if not held_run:
+            return f"--resume: {output_dir} held NO RUN, so a new one starts there; check paths.output_dir"
         return f"no checkpoint in {output_dir} yet: starting from the beginning"
     if grpo_step < n_grpo_steps:
         return f"resuming after GRPO step {grpo_step} of {n_grpo_steps}"

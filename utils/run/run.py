@@ -26,6 +26,7 @@ from utils.run.ending import Status, StopRequest, TimeLimit
 from utils.run.engine_check import EngineCheck
 from utils.run.evaluate import evaluate, response_metrics
 from utils.run.learner import Learner
+from utils.run.look import LOOK_RESPONSES, look_before_training
 from utils.run.step_meter import StepMeter
 from utils.run.watchers import Watchers
 from utils.seeding import capture_random_state, derive_seed
@@ -126,8 +127,8 @@ class Run:
         written = self.log.train_step(step, {"optimizer_step": optimizer_step, **metrics})
         self._report_nonfinite(step, rollouts, rewards, batch, update)
         if self._is_due(t.eval_interval, step):
-            self.log.rollouts("train", step, rollouts, rewards, batch.advantages.tolist(), n=t.n_rollouts_to_log)
-        self.watchers.observe(step, written, self.log)
+            advantages, n = batch.advantages.tolist(), t.n_rollouts_to_log
+            self.log.rollouts("train", step, rollouts, rewards, advantages, n=n, group_size=t.group_size)
         if self.state.steps_done == 0 and "train_peak_memory_gb" in metrics:
             self._compare_with_estimate(metrics["train_peak_memory_gb"])
         self.limit.record(step=metrics["step_dt"])
@@ -139,8 +140,11 @@ class Run:
             problem_stream=self.learner.problem_stream.state_dict(),
             tracker_id=self.log.tracker_id,
             random=capture_random_state(),
-            **self.watchers.state_dict(),
         )
+        if self.watchers.suspect_collapse(step, written):
+            self.evaluate_if_due(always=True)
+        self.watchers.observe(step, written, self.log)
+        self.state = replace(self.state, **self.watchers.state_dict())
 
     def evaluate_if_due(self, always: bool = False) -> None:
         """Evaluate before training, every `eval_interval` steps and at the end (or `always`), once a step."""
@@ -159,6 +163,8 @@ class Run:
         seconds = time.perf_counter() - started
         written = self.log.evaluation(step, {**metrics, **self._grading_metrics(), "eval_dt": seconds})
         self.log.rollouts("eval", step, rollouts, rewards, n=t.n_rollouts_to_log)
+        if step == 0:
+            self._look()
         self.watchers.observe(step, written, self.log)
         self.limit.record(evaluation=seconds)
         reward = metrics["reward"]
@@ -172,10 +178,27 @@ class Run:
             **self.watchers.state_dict(),
         )
 
+    def _look(self) -> None:
+        """Show what the untrained model does, in groups; warn at once if none of them could teach anything.
+
+        It samples no more responses than the evaluation did, has a seed of its own, and is in no metric.
+        """
+        learner, n_responses = self.learner, min(LOOK_RESPONSES, len(self.validation_prompts))
+        look = look_before_training(
+            learner.engine, self.validation_prompts, learner.scorer, self.config.training, n_responses, self.should_stop
+        )
+        learner.scorer.grader.drain_counters()
+        if look is None:
+            return
+        self.log.note("\n".join(look.lines()))
+        warning = look.warning()
+        if warning is not None:
+            self.log.warn(warning)
+
     def save_if_due(self) -> None:
         """Save every `checkpoint_interval` steps, at a new best, at the end, and again after a save that failed."""
-        interval, step = self.config.training.checkpoint_interval, self.state.steps_done
-        due = self._is_due(interval, step) or (interval is not None and self.state.best_step == step)
+        step = self.state.steps_done
+        due = self._is_due(self.config.training.checkpoint_interval, step) or self.state.best_step == step
         if step > 0 and (due or self.checkpoints.failure is not None):
             self.save()
 
