@@ -9,6 +9,7 @@ from pathlib import Path
 
 from configs.defaults import Config
 from utils.engines import choose_engine
+from utils.preflight.derive import Card
 from utils.preflight.memory_estimate import estimate_peak_memory
 from utils.preflight.model_files import model_config
 
@@ -25,13 +26,28 @@ def has_gpu() -> bool:
     return any(Path(file).exists() for file in GPU_FILES)
 
 
-@functools.cache
 def gpu_memory() -> int | None:
     """Bytes of memory that the first GPU has, as the driver's tool says; None if there is no GPU or no such tool."""
-    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    asked = _ask_driver()
+    return asked and asked[0]
+
+
+def this_card() -> Card:
+    """The first GPU's memory and what was free of it when it was first asked, or a card that is assumed."""
+    asked = _ask_driver()
+    if asked is None:
+        return Card(ASSUMED_GPU, ASSUMED_GPU, "assumed, as no GPU here tells its memory")
+    return Card(*asked)
+
+
+@functools.cache
+def _ask_driver() -> tuple[int, int] | None:
+    """(total, free) bytes. Asked once, before this process itself takes any."""
+    command = ["nvidia-smi", "--query-gpu=memory.total,memory.free", "--format=csv,noheader,nounits"]
     try:
         listed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout
-        return int(listed.splitlines()[0]) * 2**20
+        total, free = listed.splitlines()[0].split(",")
+        return int(total) * 2**20, int(free) * 2**20
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):  # some cards answer "[N/A]"
         return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
@@ -40,8 +41,17 @@ from utils.run.watchers import Watchers
 from utils.seeding import restore_random_state, seed_everything
 
 
-def build_run(config: Config, resume: bool, allow_changes: bool, stop_request: StopRequest, limit: TimeLimit) -> Run:
+def build_run(
+    config: Config,
+    resume: bool,
+    allow_changes: bool,
+    stop_request: StopRequest,
+    limit: TimeLimit,
+    first_lines: Sequence[str] = (),
+) -> Run:
     """Everything that `train` needs, from the newest checkpoint in `output_dir` where `resume`.
+
+    `first_lines` are shown as the log opens.
 
     Raises ValueError for what the user can mend: a model that does not load, a folder that holds a run, a changed
     config. Then the output folder is as it was before.
@@ -51,7 +61,10 @@ def build_run(config: Config, resume: bool, allow_changes: bool, stop_request: S
         raise ConfigError(f"training.device = {device!r}: torch finds no GPU that it can use; set training.device=cpu")
     with claimed(Path(config.paths.output_dir)) as lock:
         checkpoint = find_checkpoint(config, resume, allow_changes)
-        return assemble(config, checkpoint, resume, stop_request, limit, lock)
+        run = assemble(config, checkpoint, resume, stop_request, limit, lock)
+    for line in first_lines:
+        run.log.note(line)
+    return run
 
 
 def assemble(
