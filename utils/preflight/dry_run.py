@@ -11,7 +11,7 @@ from utils.log.files import CONFIG_FILE, METRICS_FILE, ROLLOUTS_FILE, RUN_INFO_F
 from utils.preflight.config import to_dict
 from utils.preflight.derive import usual_length
 from utils.preflight.hub import is_cached
-from utils.preflight.machine import ASSUMED_GPU, estimated_memory, gpu_memory, host_memory
+from utils.preflight.machine import ASSUMED_GPU, estimated_memory, gpu_memory, host_memory, machine_notes
 from utils.preflight.memory_estimate import kv_cache_tokens
 from utils.preflight.model_files import bytes_to_fetch, is_local, model_config
 from utils.preflight.obstacles import obstacles
@@ -71,6 +71,7 @@ def notes(config: Config, prompt: LongestPrompt) -> Iterator[str]:
         size = bytes_to_fetch(model_path)
         amount = "an unknown amount" if size is None else f"about {size / GB:.1f} GB"
         yield f"{model_path} is not on this machine yet: {amount} to fetch from the hub"
+    yield from machine_notes(config)
     yield from _memory_notes(config, prompt)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 from configs.defaults import Config
@@ -70,3 +71,20 @@ def estimated_memory(config: Config, longest_prompt: int | None = None) -> dict[
     longest_sequence = t.max_tokens + (longest_prompt or t.max_prompt_tokens or ASSUMED_PROMPT)
     device_memory = (gpu_memory() or ASSUMED_GPU) if t.device.startswith("cuda") else None
     return estimate_peak_memory(sizes, config, longest_sequence, device_memory, choose_engine(config) == "vllm")
+
+
+def machine_notes(config: Config) -> Iterator[str]:
+    """What a GPU does slowly with these settings."""
+    t = config.training
+    if not t.device.startswith("cuda"):
+        return
+    if t.dtype == "float32" and t.autocast_dtype is None:
+        yield (
+            "float32 on a GPU: attention may go without its fast kernels, and products are several times slower than "
+            "in bfloat16; training.autocast_dtype=bfloat16 keeps the weights in float32 and computes in bfloat16"
+        )
+    if t.attention_type.startswith("flash") and t.use_packing:
+        yield (
+            f"attention_type {t.attention_type} trains with padding, and computes a prompt again for each rollout, for "
+            "up to 28 % more FLOPs; sdpa takes torch's own flash kernel and packs"
+        )

@@ -18,6 +18,7 @@ from utils.log.output import claimed
 from utils.log.run_log import RunLog
 from utils.preflight.config import save_config, to_dict
 from utils.preflight.config_rules import ConfigError
+from utils.preflight.machine import machine_notes
 from utils.preflight.obstacles import output_obstacles, refuse
 from utils.problems import (
     ProblemStream,
@@ -30,6 +31,7 @@ from utils.problems import (
 from utils.records import Prompt, RolloutEngine
 from utils.rewards.functions import RewardScorer
 from utils.rewards.grader import Grader
+from utils.run.background_save import BackgroundSaver
 from utils.run.checkpoint import Checkpoints, TrainState
 from utils.run.ending import StopRequest, TimeLimit
 from utils.run.engine_check import EngineCheck
@@ -91,7 +93,7 @@ def assemble(
         watchers.load_state_dict(state.guard, state.advisor)
         if state.skipped_in_a_row >= t.max_nonfinite_steps:  # what ended the run; a resume is another try
             state = replace(state, skipped_in_a_row=0)
-    log = open_log(config, resume, state, engine.name, [*notes, *more_notes])
+    log = open_log(config, resume, state, engine.name, [*notes, *more_notes, *machine_notes(config)])
     checkpoints.tidy()  # not before everything was read: until here a damaged run is as it was
     if log.lost_evaluation:
         state = replace(state, evaluated_step=None)
@@ -103,6 +105,7 @@ def assemble(
         learner=Learner(policy, tokenizer, optimizer, engine, scorer, problem_stream),
         validation_prompts=fixed_subset(validation_prompts, t.max_val_examples, t.seed),
         checkpoints=checkpoints,
+        saver=BackgroundSaver(checkpoints),
         watchers=watchers,
         engine_check=EngineCheck(config),
         log=log,
