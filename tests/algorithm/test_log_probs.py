@@ -24,7 +24,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from utils.algorithm.log_probs import get_response_log_probs, has_plain_head, response_log_probs
+from utils.algorithm.log_probs import _rounded_product, get_response_log_probs, has_plain_head, response_log_probs
 
 VOCABULARY = 61
 PLAIN = (Qwen2Config, Qwen3Config, LlamaConfig, MistralConfig, GemmaConfig, Gemma3TextConfig)
@@ -268,3 +268,9 @@ def test_plain_version_against_cross_entropy():
     torch.testing.assert_close(result["log_probs"], expected)
     torch.testing.assert_close(result["token_entropy"], torch.distributions.Categorical(logits=logits).entropy())
     assert set(get_response_log_probs(policy, input_ids[:, :-1], input_ids[:, 1:], False)) == {"log_probs"}
+
+
+def test_the_one_pass_of_cuda_rounds_as_two_do() -> None:
+    values, factor = torch.rand(7, 301, generator=torch.Generator().manual_seed(0)), torch.linspace(-2, 2, 7)[:, None]
+    two = _rounded_product(values.clone(), factor, torch.bfloat16, on_cuda=False)
+    assert torch.equal(_rounded_product(values, factor, torch.bfloat16, on_cuda=True), two)
