@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from utils.algorithm.log_probs import (
+    _rounded_product,
     chunked_log_probs,
     compute_entropy,
     get_response_log_probs,
@@ -294,3 +295,9 @@ def test_ids_beyond_the_vocabulary_have_no_probability(chunk_size: int) -> None:
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, atol=1e-12, rtol=0)
     assert torch.equal(results[0][3][8:], torch.zeros(3, 5, dtype=torch.float64))
+
+
+def test_the_one_pass_of_cuda_rounds_as_two_do() -> None:
+    values, factor = torch.rand(7, 301, generator=torch.Generator().manual_seed(0)), torch.linspace(-2, 2, 7)[:, None]
+    two = _rounded_product(values.clone(), factor, torch.bfloat16, on_cuda=False)
+    assert torch.equal(_rounded_product(values, factor, torch.bfloat16, on_cuda=True), two)

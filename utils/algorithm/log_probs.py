@@ -263,9 +263,12 @@ class _ChunkedHead(torch.autograd.Function):
                 log_softmax = _scaled_logits(hidden[rows], known, ctx.temperature).sub_(log_normalizers[rows, None])
             # d log p(label) / d logits = (onehot(label) - softmax) / temperature
             upstream = grad_log_probs[rows, None] / ctx.temperature
-            grad_logits = log_softmax.exp_().mul_(-upstream).scatter_add_(-1, labels[rows, None], upstream)
+            softmax, label = log_softmax.exp_(), labels[rows, None]
             del log_softmax
-            grad_logits = grad_logits.to(weight.dtype)
+            at_label = softmax.gather(-1, label).mul_(-upstream).add_(upstream)
+            grad_logits = _rounded_product(softmax, -upstream, weight.dtype, on_cuda=softmax.is_cuda)
+            del softmax
+            grad_logits.scatter_(-1, label, at_label.to(weight.dtype))
             torch.mm(grad_logits, known, out=grad_hidden[rows])
             grad_known.addmm_(grad_logits.T, hidden[rows])
             del grad_logits
@@ -275,7 +278,16 @@ class _ChunkedHead(torch.autograd.Function):
 def _scaled_logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
     """(n, H), (V, H) -> a fresh (n, V) float32: logits / temperature. The product rounds to the weight's dtype first,
     as the model's own head does."""
-    return (hidden @ weight.T).to(_wide(hidden.dtype)).div_(temperature)
+    logits = (hidden @ weight.T).to(_wide(hidden.dtype))
+    return logits if temperature == 1.0 else logits.div_(temperature)
+
+
+def _rounded_product(values: Tensor, factor: Tensor, dtype: torch.dtype, on_cuda: bool) -> Tensor:
+    """(n, V), (n, 1) -> their product in `dtype`; `values` may be overwritten. On CUDA one pass multiplies and rounds;
+    the CPU's kernel would hold a product in float32 besides."""
+    if on_cuda and values.dtype != dtype:
+        return torch.mul(values, factor, out=torch.empty_like(values, dtype=dtype))
+    return values.mul_(factor).to(dtype)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

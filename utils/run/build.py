@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
@@ -19,6 +20,7 @@ from utils.log.run_log import RunLog
 from utils.own_code import digests
 from utils.preflight.config import save_config, to_dict
 from utils.preflight.config_rules import ConfigError, own_code
+from utils.preflight.machine import machine_notes
 from utils.preflight.obstacles import output_obstacles, refuse
 from utils.problems import (
     ProblemStream,
@@ -31,6 +33,7 @@ from utils.problems import (
 from utils.records import Prompt, RolloutEngine
 from utils.rewards.functions import RewardScorer, find_reward_fn
 from utils.rewards.grader import Grader
+from utils.run.background_save import BackgroundSaver
 from utils.run.checkpoint import Checkpoints, TrainState
 from utils.run.ending import StopRequest, TimeLimit
 from utils.run.engine_check import EngineCheck
@@ -43,8 +46,17 @@ from utils.run.watchers import Watchers
 from utils.seeding import restore_random_state, seed_everything
 
 
-def build_run(config: Config, resume: bool, allow_changes: bool, stop_request: StopRequest, limit: TimeLimit) -> Run:
+def build_run(
+    config: Config,
+    resume: bool,
+    allow_changes: bool,
+    stop_request: StopRequest,
+    limit: TimeLimit,
+    first_lines: Sequence[str] = (),
+) -> Run:
     """Everything that `train` needs, from the newest checkpoint in `output_dir` where `resume`.
+
+    `first_lines` are shown as the log opens.
 
     Raises ValueError for what the user can mend: a model that does not load, a folder that holds a run, a changed
     config. Then the output folder is as it was before.
@@ -55,7 +67,10 @@ def build_run(config: Config, resume: bool, allow_changes: bool, stop_request: S
     with claimed(Path(config.paths.output_dir)) as lock:
         checkpoint = find_checkpoint(config, resume, allow_changes)
         try_own_code(config)
-        return assemble(config, checkpoint, resume, stop_request, limit, lock)
+        run = assemble(config, checkpoint, resume, stop_request, limit, lock)
+    for line in first_lines:
+        run.log.note(line)
+    return run
 
 
 def assemble(
@@ -84,7 +99,7 @@ def assemble(
         watchers.load_state_dict(state.guard, state.advisor)
         if state.skipped_in_a_row >= t.max_nonfinite_steps:  # what ended the run; a resume is another try
             state = replace(state, skipped_in_a_row=0)
-    log = open_log(config, resume, state, engine.name, [*notes, *more_notes])
+    log = open_log(config, resume, state, engine.name, [*notes, *more_notes, *machine_notes(config)])
     checkpoints.tidy()  # not before everything was read: until here a damaged run is as it was
     if log.lost_evaluation:
         state = replace(state, evaluated_step=None)
@@ -99,6 +114,7 @@ def assemble(
         learner=Learner(policy, tokenizer, optimizer, engine, scorer, problem_stream, reference),
         validation_prompts=fixed_subset(validation_prompts, t.max_val_examples, t.seed),
         checkpoints=checkpoints,
+        saver=BackgroundSaver(checkpoints),
         watchers=watchers,
         engine_check=EngineCheck(config),
         log=log,
