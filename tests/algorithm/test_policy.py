@@ -14,7 +14,7 @@ from update_cases import ON_POLICY, make_batch
 from configs.defaults import Training
 from train_grpo import update_policy
 from utils.algorithm import policy as policy_module
-from utils.algorithm.log_probs import has_plain_head
+from utils.algorithm.head import find_head
 from utils.algorithm.policy import (
     build_optimizer,
     choose_cpu_products,
@@ -44,7 +44,7 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(
 ) -> None:
     training = replace(ON_POLICY, use_gradient_checkpointing=True)
     policy = load_policy(str(tiny_model_dir), training)
-    has_plain_head(policy)  # looks once, with a forward pass of its own
+    find_head(policy)  # looks once, with a forward pass of its own
     forwards = []
     policy.get_decoder().layers[0].mlp.register_forward_pre_hook(lambda *_: forwards.append(1))
     one_microbatch = replace(training, gradient_accumulation_steps=1)

@@ -45,12 +45,8 @@ def load_policy(model_path: str, training: Training) -> PreTrainedModel:
     policy.to(training.device).train()
     if training.use_gradient_checkpointing:
         policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if training.use_packing and not enable_packing(policy):
-        warnings.warn(
-            f"training.use_packing: {type(policy).__name__} with {training.attention_type} attention is not among what "
-            "it knows, so microbatches are padded",
-            stacklevel=2,
-        )
+    if training.use_packing:
+        enable_packing(policy)  # or it stays padded: `is_packable` tells
     if training.use_compile:
         # in place, so that parameter names stay as they are; dynamic, since every microbatch has a length of its own
         policy.get_decoder().compile(dynamic=True)

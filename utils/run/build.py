@@ -9,7 +9,9 @@ from typing import TextIO
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from configs.defaults import Config
+from configs.defaults import Config, Training
+from utils.algorithm.head import find_head
+from utils.algorithm.packing import is_packable
 from utils.algorithm.policy import build_optimizer, context_length, load_policy, load_tokenizer
 from utils.engines import build_engine
 from utils.log.files import CONFIG_FILE, save_run_info
@@ -67,6 +69,7 @@ def assemble(
     more_notes += notes_on_data(*problem_sets, prompts_per_step=t.rollout_batch_size // t.group_size)
     longest_prompt = max(len(prompt.token_ids) for prompt in (*train_prompts, *validation_prompts))
     policy, optimizer, engine = build_learner(config, model_path, tokenizer, longest_prompt)
+    more_notes += notes_on_policy(policy, t)
     stop_request.install()  # vLLM and others may have put handlers of their own in place
 
     problem_stream, watchers = ProblemStream(train_prompts, t.seed), Watchers(config)
@@ -115,6 +118,22 @@ def build_learner(
         try_longest_microbatch(policy, t, longest_prompt)
         engine.update_weights(policy)
     return policy, optimizer, engine
+
+
+def notes_on_policy(policy: PreTrainedModel, training: Training) -> list[str]:
+    """What a model takes more time or memory for than others, because of what it is built of."""
+    notes, name = [], type(policy).__name__
+    if training.use_packing and not is_packable(policy):
+        notes.append(
+            f"training.use_packing: a packed pass does not give the numbers of {name} with {training.attention_type} "
+            "attention, so microbatches are padded"
+        )
+    if find_head(policy) is None:
+        notes.append(
+            f"{name} does more to its logits than a matrix product, a scale and a cap: log-probs are computed from "
+            "full logits, which takes more memory"
+        )
+    return notes
 
 
 def find_checkpoint(config: Config, resume: bool, allow_changes: bool) -> Path | None:
