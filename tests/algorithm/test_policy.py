@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import T5Config
 from update_cases import ON_POLICY, make_batch
 
 from configs.defaults import Training
@@ -139,3 +140,19 @@ def test_what_cannot_be_loaded_is_told(tmp_path: Path, tiny_model_dir: Path) -> 
     with pytest.raises(ValueError, match=r"paths.model_path = '.*': cannot load the model"):
         load_policy(str(tmp_path), ON_POLICY)
     assert context_length(str(tiny_model_dir)) == 2048
+
+
+def test_a_model_without_causal_head_is_refused_in_a_line(tmp_path: Path) -> None:
+    T5Config(d_model=8, d_ff=8, num_layers=1, vocab_size=40).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"no head that predicts the next token; take a causal") as refused:
+        load_policy(str(tmp_path), ON_POLICY)
+    assert "\n" not in str(refused.value) and len(str(refused.value)) < 300
+
+
+def test_a_tokenizer_without_end_token_is_refused_with_the_remedy(tiny_model_dir: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(str(tiny_model_dir))
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path)
+    shutil.copy(tiny_model_dir / "config.json", tmp_path)
+    with pytest.raises(ValueError, match=r"no end token.*`eos_token` in its tokenizer_config.json"):
+        load_tokenizer(str(tmp_path))
