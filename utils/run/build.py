@@ -10,8 +10,10 @@ from typing import TextIO
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from configs.defaults import Config
+from configs.defaults import Config, Training
+from utils.algorithm.head import find_head
 from utils.algorithm.losses import find_loss
+from utils.algorithm.packing import is_packable
 from utils.algorithm.policy import build_optimizer, context_length, load_policy, load_reference, load_tokenizer
 from utils.engines import build_engine
 from utils.log.files import CONFIG_FILE, save_run_info
@@ -88,6 +90,7 @@ def assemble(
     longest_prompt = max(len(prompt.token_ids) for prompt in (*train_prompts, *validation_prompts))
     policy, optimizer, engine = build_learner(config, model_path, tokenizer, longest_prompt)
     stop_request.check_while_loading()
+    more_notes += notes_on_policy(policy, t)
     stop_request.install()  # vLLM and others may have put handlers of their own in place
 
     problem_stream, watchers = ProblemStream(train_prompts, t.seed), Watchers(config)
@@ -150,6 +153,22 @@ def try_own_code(config: Config) -> None:
                 find_loss(name) if field == "training.loss_type" else find_reward_fn(name)
             except ValueError as error:
                 raise ConfigError(f"{field} = {name!r}: {error}") from error
+
+
+def notes_on_policy(policy: PreTrainedModel, training: Training) -> list[str]:
+    """What a model takes more time or memory for than others, because of what it is built of."""
+    notes, name = [], type(policy).__name__
+    if training.use_packing and not is_packable(policy):
+        notes.append(
+            f"training.use_packing: a packed pass does not give the numbers of {name} with {training.attention_type} "
+            "attention, so microbatches are padded"
+        )
+    if find_head(policy) is None:
+        notes.append(
+            f"{name} does more to its logits than a matrix product, a scale and a cap: log-probs are computed from "
+            "full logits, which takes more memory"
+        )
+    return notes
 
 
 def find_checkpoint(config: Config, resume: bool, allow_changes: bool) -> Path | None:
