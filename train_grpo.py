@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 def train(run: Run) -> Status:
-    """The outer loop of GRPO: DeepSeekMath, algorithm 1, with verified rewards and without a reference policy."""
+    """The outer loop of GRPO: DeepSeekMath, algorithm 1, with verified rewards."""
     import torch  # here and not above: --help and --dry-run need none of it, and it takes seconds
 
     from utils.algorithm.advantages import compute_advantages
@@ -45,7 +45,6 @@ def train(run: Run) -> Status:
     from utils.algorithm.groups import GroupCollector
     from utils.algorithm.update import with_reference_log_probs
     from utils.rewards.functions import totals_with_overlong_penalty
-    from utils.seeding import derive_seed
 
     t, learner, meter = run.config.training, run.learner, run.meter
     while True:
@@ -59,7 +58,7 @@ def train(run: Run) -> Status:
         groups, steps_done = GroupCollector(t), run.state.steps_done
         while groups.n_missing and not run.should_stop():  # one round; with refill_groups, until enough groups teach
             prompts = learner.problem_stream.draw(groups.n_missing)
-            seed = derive_seed(t.seed, "rollouts", steps_done, *([groups.n_rounds] if groups.n_rounds else []))
+            seed = groups.seed(steps_done)
             with meter.phase("rollout"):
                 rollouts = learner.engine.generate(prompts, n=t.group_size, seed=seed, should_stop=run.should_stop)
             with meter.phase("grading"):

@@ -7,6 +7,7 @@ from statistics import fmean
 
 from configs.defaults import Training
 from utils.records import Prompt, Reward, Rollout
+from utils.seeding import derive_seed
 
 
 class GroupCollector:
@@ -28,6 +29,11 @@ class GroupCollector:
     def n_missing(self) -> int:
         """Prompts to draw for the next round; 0 once the batch is full."""
         return self._n_wanted - len(self._kept)
+
+    def seed(self, steps_done: int) -> int:
+        """The seed that this round samples with: the GRPO step's, and one of its own for each later round."""
+        later = [self.n_rounds] if self.n_rounds else []
+        return derive_seed(self._training.seed, "rollouts", steps_done, *later)
 
     def add(self, rollouts: Sequence[Rollout], rewards: Sequence[Reward]) -> None:
         """The outcome of a round: whole groups, those of one prompt side by side."""
