@@ -39,11 +39,14 @@ def train(run: Run) -> Status:
     """The outer loop of GRPO: DeepSeekMath, algorithm 1, with verified rewards and without a reference policy."""
     import torch  # here and not above: --help and --dry-run need none of it, and it takes seconds
 
-    from utils.algorithm.batch import make_train_batch, pad_id_of
-    from utils.algorithm.losses import compute_advantages
+    from utils.algorithm.advantages import compute_advantages
+    from utils.algorithm.batch import make_train_batch
+    from utils.algorithm.groups import GroupCollector
+    from utils.algorithm.update import with_reference_log_probs
+    from utils.rewards.functions import totals_with_overlong_penalty
     from utils.seeding import derive_seed
 
-    t, learner, meter, tokenizer = run.config.training, run.learner, run.meter, run.learner.tokenizer
+    t, learner, meter = run.config.training, run.learner, run.meter
     while True:
         run.evaluate_if_due()
         run.save_if_due()
@@ -52,26 +55,31 @@ def train(run: Run) -> Status:
             return ending
 
         meter.start()
-        seed = derive_seed(t.seed, "rollouts", run.state.steps_done)
-        prompts = learner.problem_stream.draw(t.rollout_batch_size // t.group_size)
-        with meter.phase("rollout"):
-            rollouts = learner.engine.generate(prompts, n=t.group_size, seed=seed, should_stop=run.should_stop)
+        groups, steps_done = GroupCollector(t), run.state.steps_done
+        while groups.n_missing and not run.should_stop():  # one round; with refill_groups, until enough groups teach
+            prompts = learner.problem_stream.draw(groups.n_missing)
+            seed = derive_seed(t.seed, "rollouts", steps_done, *([groups.n_rounds] if groups.n_rounds else []))
+            with meter.phase("rollout"):
+                rollouts = learner.engine.generate(prompts, n=t.group_size, seed=seed, should_stop=run.should_stop)
+            with meter.phase("grading"):
+                groups.add(rollouts, learner.scorer.score(rollouts))
         if run.should_stop():
             continue
-        run.check_engine(rollouts)
+        run.check_engine(groups.rollouts)
         meter.add(learner.engine.sleep())
-        with meter.phase("grading"):
-            scored = learner.scorer.score(rollouts)
-        rewards = torch.tensor([reward.total for reward in scored])
+        learner.problem_stream.retire(groups.solved(t.retire_pass_rate))
+        rewards = torch.tensor(totals_with_overlong_penalty(groups.rollouts, groups.rewards, t))
         advantages = compute_advantages(rewards, t)
-        batch = make_train_batch(rollouts, rewards, advantages, pad_id_of(tokenizer), len(tokenizer))
+        batch = make_train_batch(groups.rollouts, rewards, advantages, len(learner.tokenizer), t.mask_truncated)
         with meter.phase("train"):
-            update = update_policy(learner.policy, learner.optimizer, batch, t, run.state.steps_done, run.should_stop)
+            if learner.reference is not None:
+                batch = with_reference_log_probs(learner.reference, batch, t)
+            update = update_policy(learner.policy, learner.optimizer, batch, t, steps_done, run.should_stop)
         if update.abandoned:  # asked to stop: the state is still that of the last whole step
             continue
         with meter.phase("push"):
             meter.add(learner.engine.update_weights(learner.policy))
-        run.finish_step(rollouts, scored, batch, update)
+        run.finish_step(groups, batch, update)
 
 
 def update_policy(
@@ -88,12 +96,14 @@ def update_policy(
     `should_stop` says yes before the first optimizer step, the update is abandoned with the weights untouched; later it
     is finished, so that weights are always those of a whole GRPO step.
     """
+    from utils.algorithm.aggregation import aggregate_loss
     from utils.algorithm.batch import mark_gradients, microbatches, minibatches
     from utils.algorithm.log_probs import policy_log_probs
-    from utils.algorithm.losses import aggregate_loss, find_loss
+    from utils.algorithm.losses import find_loss, per_token_loss
     from utils.algorithm.statistics import UpdateStatistics
-    from utils.algorithm.update import take_optimizer_step, with_old_log_probs
+    from utils.algorithm.update import set_learning_rate, take_optimizer_step, with_old_log_probs
 
+    set_learning_rate(optimizer, training, steps_done)
     loss = find_loss(training.loss_type)
     batch = mark_gradients(batch, loss, training)
     watch = UpdateStatistics(policy, batch, training)
@@ -103,7 +113,7 @@ def update_policy(
         watch.minibatch(rows)
         for microbatch in microbatches(policy, batch, rows, training):
             log_probs, entropy = policy_log_probs(policy, microbatch, training)
-            per_token, extras = loss.per_token(microbatch.loss_inputs(log_probs), training)
+            per_token, extras = per_token_loss(microbatch.loss_inputs(log_probs), training)
             value = aggregate_loss(per_token, microbatch.response_mask, microbatch.denominators, len(rows))
             value.backward()
             watch.microbatch(microbatch, log_probs, entropy, value, extras)

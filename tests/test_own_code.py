@@ -124,7 +124,7 @@ def test_the_example_loss_by_hand() -> None:
     ratio = torch.exp(torch.tensor(-0.1))
     assert torch.allclose(values, torch.stack([-ratio, ratio])[:, None].expand(2, 3))
     assert not extras["clipped"].any()
-    assert loss.has_gradient(INPUTS.rewards, torch.tensor([0.0, 1.0])).tolist() == [False, True]
+    assert loss.has_gradient(INPUTS.rewards, torch.tensor([0.0, 1.0]), Training()).tolist() == [False, True]
     assert loss.needs_old_log_probs(Training(epochs_per_rollout_batch=2))
     assert objective(INPUTS, training).item() == pytest.approx(0.0)
 
@@ -132,7 +132,7 @@ def test_the_example_loss_by_hand() -> None:
 def test_a_loss_that_says_nothing_of_itself_is_taken_to_need_everything(tmp_path: Path) -> None:
     path = write(tmp_path, "def f(inputs, training):", "    return -inputs.policy_log_probs")
     loss = find_loss(f"{path}:f")
-    assert loss.has_gradient(torch.zeros(2), torch.zeros(2)).all()
+    assert loss.has_gradient(torch.zeros(2), torch.zeros(2), Training()).all()
     assert loss.has_ratio
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from configs.defaults import Training
+from utils.algorithm.advantages import compute_advantages
 from utils.algorithm.batch import TrainBatch, make_train_batch
-from utils.algorithm.losses import group_advantages
 from utils.records import Problem, Prompt, Rollout
 
 N = 8
@@ -28,4 +28,4 @@ def make_batch(
         prompt = Prompt(Problem("?", "1"), "", draw(2 + i % 3))
         rollouts.append(Rollout(prompt, "", draw(length), (-1.0,) * length, "stop"))
     raw = torch.tensor(rewards, dtype=torch.float32)
-    return make_train_batch(rollouts, raw, group_advantages(raw, ON_POLICY), pad_id)
+    return make_train_batch(rollouts, raw, compute_advantages(raw, ON_POLICY), pad_id=pad_id)

@@ -237,7 +237,8 @@ def fixed_subset(items: Sequence[Item], n: int | None, seed: int) -> list[Item]:
 class ProblemStream(Generic[Item]):
     """Endless shuffled epochs over the training items: each item comes once per epoch, in that epoch's own order.
 
-    The order depends on nothing but the seed, the epoch and the number of items, so the state is two numbers.
+    The order depends on the seed, the epoch and the number of items alone. Items that were retired are left out of
+    later epochs; if none would be left, all come back.
     """
 
     def __init__(self, items: Sequence[Item], seed: int) -> None:
@@ -245,35 +246,53 @@ class ProblemStream(Generic[Item]):
             raise ValueError("there is nothing to draw from: the training set is empty")
         self._items = items
         self._seed = seed
+        self._place = {id(item): i for i, item in enumerate(items)}
+        self._left_out: set[int] = set()  # of this epoch
+        self._retired: set[int] = set()  # of the next
         self._start_epoch(0)
 
     def _start_epoch(self, epoch: int, position: int = 0) -> None:
         self._epoch, self._position = epoch, position
-        self._order = list(range(len(self._items)))
-        random.Random(derive_seed(self._seed, "problems", epoch)).shuffle(self._order)
+        order = list(range(len(self._items)))
+        random.Random(derive_seed(self._seed, "problems", epoch)).shuffle(order)
+        self._order = [i for i in order if i not in self._left_out]
 
     def draw(self, n: int) -> list[Item]:
         """The next n items. A draw may run over the end of an epoch, or of several if n is larger than the set."""
         drawn: list[Item] = []
         while len(drawn) < n:
-            if self._position == len(self._items):
+            if self._position == len(self._order):
+                if len(self._retired) == len(self._items):
+                    self._retired = set()
+                self._left_out = set(self._retired)
                 self._start_epoch(self._epoch + 1)
             taken = self._order[self._position : self._position + n - len(drawn)]
             self._position += len(taken)
             drawn.extend(self._items[i] for i in taken)
         return drawn
 
-    def state_dict(self) -> dict[str, int]:
-        """The position: the epoch, and how many of its items have been drawn. Ready for JSON."""
-        return {"epoch": self._epoch, "position": self._position}
+    def retire(self, items: Iterable[Item]) -> None:
+        """Leave these very items out from the next epoch on."""
+        self._retired |= {self._place[id(item)] for item in items}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue where another stream over the same items with the same seed had got to.
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream is: the epoch, how many of its items are drawn, and which are left out. JSON-able."""
+        state: dict[str, Any] = {"epoch": self._epoch, "position": self._position}
+        if self._retired or self._left_out:
+            state |= {"left_out": sorted(self._left_out), "retired": sorted(self._retired)}
+        return state
 
-        Raises ValueError if the position is beyond the set, as it may be if the data has changed.
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to where a stream over the same items with the same seed was.
+
+        Raises ValueError if the position is beyond the set, as when the data has changed.
         """
-        if not 0 <= state["position"] <= len(self._items) or state["epoch"] < 0:
-            raise ValueError(f"state {state} does not fit a set of {len(self._items)} items; has the data changed?")
+        left_out, retired = set(state.get("left_out", ())), set(state.get("retired", ()))
+        n_items = len(self._items)
+        fits = 0 <= state["position"] <= n_items - len(left_out) and max(left_out | retired, default=0) < n_items
+        if not fits or state["epoch"] < 0:
+            raise ValueError(f"state {state} does not fit a set of {n_items} items; has the data changed?")
+        self._left_out, self._retired = left_out, retired
         self._start_epoch(state["epoch"], state["position"])
 
 

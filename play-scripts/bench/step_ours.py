@@ -28,8 +28,9 @@ from plain_pieces import (
 from configs.defaults import Config, Training
 from train_grpo import update_policy
 from utils import tiny
+from utils.algorithm.advantages import compute_advantages
 from utils.algorithm.batch import make_train_batch, mark_gradients
-from utils.algorithm.losses import compute_advantages, find_loss
+from utils.algorithm.losses import find_loss
 from utils.algorithm.policy import build_optimizer, load_policy, load_tokenizer
 from utils.algorithm.statistics import UpdateResult
 from utils.engines import build_engine
@@ -97,7 +98,7 @@ class Workload:
                 self.scorer.score(rollouts)
         with phase("batching and rest"):
             rewards = torch.tensor(draw_rewards(len(rollouts), t.group_size, self.args.reward, step))
-            batch = make_train_batch(rollouts, rewards, compute_advantages(rewards, t), pad_id=0)
+            batch = make_train_batch(rollouts, rewards, compute_advantages(rewards, t))
             if by_phase or self.pieces != Pieces():
                 clock = phase if by_phase else no_clock
                 result = inner_loop(self.policy, self.optimizer, batch, t, step, self.pieces, clock)

@@ -466,7 +466,7 @@ def test_the_trainer_gives_ids_beyond_the_vocabulary_no_probability(
     ones = torch.ones(len(rollouts))
     gaps = []
     for vocabulary_size in (len(tokenizer), None):
-        batch = make_train_batch(rollouts, ones, ones, 0, vocabulary_size)
+        batch = make_train_batch(rollouts, ones, ones, vocabulary_size)
         training = Training(train_batch_size=8, rollout_batch_size=8, gradient_accumulation_steps=1, device="cpu")
         optimizer = torch.optim.SGD(padded.parameters(), lr=1e-9)
         gaps.append(update_policy(padded, optimizer, batch, training, 0).metrics["sampler_max_diff"])

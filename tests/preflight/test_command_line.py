@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_grpo
@@ -61,6 +61,7 @@ def test_negative_numbers_and_dollar_signs_are_values() -> None:
     ]
 
 
+@settings(max_examples=40)
 @given(st.text().filter(lambda text: text[:1] not in ("'", '"', "-") and text not in ("null", "~")))
 def test_a_text_given_as_a_flag_is_taken_as_it_is(text: str) -> None:
     for words in (["--system-prompt", text], [f"--system-prompt={text}"]):

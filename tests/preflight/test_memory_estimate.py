@@ -157,13 +157,16 @@ print(json.dumps(tracker.mark("after") - before))
 def test_memory_of_the_head(dtype):
     sizes = SMALL | {"vocab_size": 60_000, "hidden_size": 384}
     config = make_config(log_prob_chunk_size=256, dtype=dtype)
-    command = [sys.executable, "-c", HEAD.format(dtype=dtype)]
-    runs = [subprocess.run(command, check=True, capture_output=True, text=True) for _ in range(3)]
-    measured = min(json.loads(run.stdout) for run in runs)  # the system's allocator now and then holds more
     expected = estimate_peak_memory(sizes, config, 600)["log_probs"]
     # processors that multiply bfloat16 themselves work on a rearranged copy of the weights, which no tensor holds
     rearranged = 60_000 * 384 * 2 if dtype == "bfloat16" else 0
-    assert any(size == pytest.approx(measured, rel=0.2) for size in {expected, expected + rearranged})
+    command = [sys.executable, "-c", HEAD.format(dtype=dtype)]
+    measured = []
+    for _ in range(3):  # the system's allocator now and then holds more
+        measured.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+        if any(size == pytest.approx(measured[-1], rel=0.2) for size in (expected, expected + rearranged)):
+            return
+    pytest.fail(f"expected {expected} bytes, measured {measured}")
 
 
 def test_published_model_by_hand():

@@ -167,9 +167,10 @@ def count_microbatches(counted: list[int], at: int, action: Callable[[], None]) 
     original = log_probs.policy_log_probs  # called by the inner loop for each microbatch
 
     def policy_log_probs(*args, **kwargs):
-        counted.append(1)
-        if len(counted) == at:
-            action()
+        if torch.is_grad_enabled():  # old log-probs come from the same function, without a gradient
+            counted.append(1)
+            if len(counted) == at:
+                action()
         return original(*args, **kwargs)
 
     log_probs.policy_log_probs = policy_log_probs

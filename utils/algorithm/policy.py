@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import textwrap
+from dataclasses import replace
 
 import torch
 from safetensors import SafetensorError
@@ -69,6 +70,22 @@ def load_policy(model_path: str, training: Training) -> PreTrainedModel:
         # in place, so that parameter names stay as they are; dynamic, since every microbatch has a length of its own
         policy.get_decoder().compile(dynamic=True)
     return policy
+
+
+def load_reference(model_path: str, policy: PreTrainedModel, training: Training) -> PreTrainedModel:
+    """A frozen copy of a checkpoint in `reference_dtype`, to measure the policy's KL divergence from.
+
+    Raises ValueError if it cannot be loaded, or has another vocabulary than the policy.
+    """
+    frozen = replace(training, dtype=training.reference_dtype, use_gradient_checkpointing=False, use_compile=False)
+    reference = load_policy(model_path, frozen).eval().requires_grad_(False)
+    sizes = [model.config.get_text_config().vocab_size for model in (reference, policy)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"training.reference_path: {model_path} has a vocabulary of {sizes[0]}, the policy one of {sizes[1]}; the "
+            "reference must be of the policy's family"
+        )
+    return reference
 
 
 def switch_off_dropout(config: PreTrainedConfig) -> list[str]:

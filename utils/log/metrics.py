@@ -51,6 +51,17 @@ METRICS: dict[str, str] = {
     "train/sampler_kl": "KL(sampler || trainer) by the estimator r - 1 - log r, nats, averaged over trained tokens. "
     "Losses with a ratio: all optimizer steps. Other losses: the first step only. If that step trains nothing: one of "
     "its microbatches",
+    "train/reference_kl": "KL(policy || reference) by `kl_estimator`, averaged over trained tokens, nats",
+    "train/sampler_weight": "mean weight that `sampler_correction` and `negative_mask` give a trained token",
+    "train/effective_sample_size": "(sum of these weights)^2 / sum of their squares, per trained token",
+    "train/frac_masked_tokens": "share of trained tokens whose weight is 0",
+    "train/frac_masked_sequences": "share of trained responses all of whose tokens have weight 0",
+    "train/frac_masked_shortest": "share of the trained tokens of the rollout batch's shortest third whose weight is 0",
+    "train/frac_masked_longest": "the same of its longest third: long answers must not vanish silently",
+    "train/learning_rate": "AdamW's learning rate in the step",
+    "train/generation_rounds": "rounds of sampling that `refill_groups` needed",
+    "train/sampled_rollouts": "rollouts sampled in these rounds, those left out included",
+    "train/sampled_answer_reward": "mean answer reward of all these rollouts",
     "train/sampler_max_diff": "largest absolute difference of sampler and trainer log-probs on these tokens, nats. "
     "Before `min_tokens` they differ, because the sampler may not choose an end id there",
     "train/frac_weights_moved": "share of the weights that the step changed, estimated from up to 65,536 per tensor",

@@ -11,6 +11,13 @@ from typing import Any
 
 from configs.defaults import Config, Paths, Training
 from utils.own_code import is_own
+from utils.preflight.loss_rules import (
+    LOSSES_WITHOUT_BASELINE,
+    Rule,
+    correction_rules,
+    loss_rules,
+    shaping_rules,
+)
 from utils.rewards.functions import REWARD_FNS
 
 
@@ -121,9 +128,6 @@ def own_code(config: Config) -> dict[str, list[str]]:
     return {field: [name for name in names if is_own(name)] for field, names in named.items()}
 
 
-Rule = tuple[tuple[str, ...], bool, str]  # fields, whether they contradict each other, the remedy
-
-
 def _rules_between(config: Config) -> list[Rule]:
     return [
         *_size_rules(config.training),
@@ -133,6 +137,9 @@ def _rules_between(config: Config) -> list[Rule]:
         *_reward_rules("training.reward_fn", [config.training.reward_fn]),
         *_reward_rules("training.extra_rewards", config.training.extra_rewards),
         *_stop_rules(config.training),
+        *loss_rules(config.training),
+        *correction_rules(config.training),
+        *shaping_rules(config.training),
     ]
 
 
@@ -155,7 +162,7 @@ def _size_rules(t: Training) -> list[Rule]:
         ),
         (
             ("training.group_size", "training.loss_type"),
-            t.group_size == 1 and t.loss_type != "no_baseline" and not is_own(t.loss_type),
+            t.group_size == 1 and t.loss_type not in LOSSES_WITHOUT_BASELINE and not is_own(t.loss_type),
             "in a group of 1 every advantage is 0; set group_size to 2 or more, or loss_type to no_baseline",
         ),
         (

@@ -12,6 +12,7 @@ from utils.own_code import file_and_function
 from utils.preflight.config import to_dict
 from utils.preflight.config_rules import own_code
 from utils.preflight.hub import is_cached
+from utils.preflight.loss_rules import LOSSES_WITHOUT_RATIO
 from utils.preflight.machine import ASSUMED_GPU, estimated_memory, gpu_memory, host_memory
 from utils.preflight.model_files import bytes_to_fetch, is_local
 from utils.preflight.obstacles import obstacles
@@ -58,7 +59,7 @@ def notes(config: Config, prompt: LongestPrompt) -> Iterator[str]:
     t, model_path = config.training, config.paths.model_path
     if t.top_p < 1.0:
         yield "the trainer's log-probs ignore top_p, unlike the sampler's: train/sampler_kl shows the difference"
-    if _optimizer_steps(config) > 1 and t.loss_type in ("no_baseline", "reinforce_with_baseline"):
+    if _optimizer_steps(config) > 1 and t.loss_type in LOSSES_WITHOUT_RATIO:
         yield f"{t.loss_type} does not correct for off-policy steps"
     try:
         train, _ = read_problems(config.paths.train_data_file)

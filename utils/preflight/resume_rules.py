@@ -56,6 +56,8 @@ def changed_fields(saved: Any, config: Any) -> list[str]:
     old, new = asdict(saved), asdict(config)
     # `microbatch` divides by a microbatch's longest response, so the microbatch size changes the loss.
     fixed = {"training.gradient_accumulation_steps"} if config.training.normalize_mode == "microbatch" else set()
+    if config.training.lr_schedule != "constant":  # it falls to 0 at the last step
+        fixed.add("training.n_grpo_steps")
     return [
         f"{section}.{name}: saved {old[section].get(name)!r}, asked for {value!r}"
         for section in new

@@ -17,6 +17,7 @@ import functools
 import re
 from collections.abc import Callable, Sequence
 
+from configs.defaults import Training
 from utils.own_code import is_own
 from utils.records import Reward, Rollout
 from utils.rewards.grader import Grader, Truth, last_box
@@ -129,6 +130,22 @@ class RewardScorer:
                 for reward, more in zip(rewards, extra, strict=True)
             ]
         return rewards
+
+
+def overlong_penalty(length: int, max_tokens: int, buffer: int) -> float:
+    """0 up to max_tokens - buffer tokens, then falling to -1 at max_tokens: DAPO (arXiv:2503.14476), equation 13."""
+    return min(0.0, (max_tokens - buffer - length) / buffer)
+
+
+def totals_with_overlong_penalty(
+    rollouts: Sequence[Rollout], rewards: Sequence[Reward], training: Training
+) -> list[float]:
+    """What rollouts are trained on: their totals, less a penalty for length if `overlong_buffer` is set."""
+    buffer, totals = training.overlong_buffer, [reward.total for reward in rewards]
+    if buffer is None:
+        return totals
+    lengths = [len(rollout.response_ids) for rollout in rollouts]
+    return [t + overlong_penalty(n, training.max_tokens, buffer) for t, n in zip(totals, lengths, strict=True)]
 
 
 @functools.cache

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from configs.defaults import Config
 from utils.algorithm.losses import find_loss
-from utils.algorithm.policy import build_optimizer, context_length, load_policy, load_tokenizer
+from utils.algorithm.policy import build_optimizer, context_length, load_policy, load_reference, load_tokenizer
 from utils.engines import build_engine
 from utils.log.files import CONFIG_FILE, save_run_info
 from utils.log.output import claimed, holds_run
@@ -91,9 +91,12 @@ def assemble(
     if checkpoint is not None:
         restore_random_state(state.random)  # last: loading models, engine and tracker draws from these generators
     scorer = RewardScorer(t.reward_fn, t.extra_rewards, Grader(**to_dict(config)["grader"]))
+    reference = None
+    if t.kl_coef:
+        reference = load_reference(t.reference_path or config.paths.model_path, policy, t)
     return Run(
         config=config,
-        learner=Learner(policy, tokenizer, optimizer, engine, scorer, problem_stream),
+        learner=Learner(policy, tokenizer, optimizer, engine, scorer, problem_stream, reference),
         validation_prompts=fixed_subset(validation_prompts, t.max_val_examples, t.seed),
         checkpoints=checkpoints,
         watchers=watchers,

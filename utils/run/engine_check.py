@@ -87,7 +87,7 @@ def compare_log_probs(
     step = max(1, len(rollouts) // N_ROLLOUTS)
     chosen = rollouts[::step][:N_ROLLOUTS]
     unused = torch.zeros(len(chosen))
-    batch = make_train_batch(chosen, rewards=unused, advantages=unused, pad_id=0)
+    batch = make_train_batch(chosen, rewards=unused, advantages=unused)
     mask = batch.response_mask & (batch.response_mask.cumsum(-1) > engine.sampling.min_tokens)
     if not mask.any():
         logger.warning("self-check: no response is longer than min_tokens, so nothing could be compared")

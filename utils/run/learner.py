@@ -22,3 +22,4 @@ class Learner:
     engine: RolloutEngine
     scorer: RewardScorer
     problem_stream: ProblemStream
+    reference: torch.nn.Module | None = None  # the frozen policy that a KL term measures from

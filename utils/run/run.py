@@ -11,8 +11,9 @@ from types import TracebackType
 from typing import TextIO
 
 from configs.defaults import Config
+from utils.algorithm.advantages import zero_std_groups
 from utils.algorithm.batch import TrainBatch
-from utils.algorithm.losses import zero_std_groups
+from utils.algorithm.groups import GroupCollector
 from utils.algorithm.statistics import UpdateResult
 from utils.log.files import CannotWrite
 from utils.log.run_log import RunLog
@@ -108,19 +109,20 @@ class Run:
         """Did the engine sample from the policy's weights? Asked now and then; raises EngineOutOfStep."""
         self.meter.add(self.engine_check.if_due(self.learner, rollouts, self.state.steps_done))
 
-    def finish_step(
-        self, rollouts: Sequence[Rollout], rewards: Sequence[Reward], batch: TrainBatch, update: UpdateResult
-    ) -> None:
+    def finish_step(self, groups: GroupCollector, batch: TrainBatch, update: UpdateResult) -> None:
         """Log a GRPO step that is done, look for trouble in its figures, and make its outcome the run's state."""
         t, step = self.config.training, self.state.steps_done + 1
         optimizer_step = self.state.optimizer_step + update.n_optimizer_steps
+        rollouts, rewards = groups.rollouts, groups.rewards
         metrics = {
             **response_metrics(rollouts, rewards),
             "reward_std": batch.rewards.std(correction=0).item(),
             "frac_zero_std_groups": zero_std_groups(batch.rewards, t.group_size).float().mean().item(),
             **update.metrics,
             **self._grading_metrics(),
-            **self.meter.finish(sum(len(rollout.response_ids) for rollout in rollouts)),
+            **groups.metrics(),
+            "learning_rate": self.learner.optimizer.param_groups[0]["lr"],
+            **self.meter.finish(groups.n_sampled_tokens),
         }
         written = self.log.train_step(step, {"optimizer_step": optimizer_step, **metrics})
         self._report_nonfinite(step, rollouts, rewards, batch, update)
