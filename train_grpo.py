@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING
 
 from utils.log.files import CannotWrite
 from utils.preflight.command_line import parse_arguments
-from utils.preflight.config import load_config
+from utils.preflight.config import load_config_and_origins
 from utils.preflight.dry_run import show_dry_run
+from utils.preflight.fit import fit_to_card
 from utils.preflight.obstacles import check_before_loading
 from utils.run.ending import Status, StoppedWhileLoading, StopRequest, TimeLimit
 
@@ -127,11 +128,13 @@ def update_policy(
 def main(arguments: Sequence[str] | None = None) -> Status:
     options = parse_arguments(arguments, __doc__)
     try:
-        config = load_config(options.config, options.overrides)
+        config, origins = load_config_and_origins(options.config, options.overrides)
         if options.dry_run:
-            can_start = show_dry_run(config, options.resume, options.allow_changes, options.full)
+            config, derived = fit_to_card(config, origins, options.resume)
+            can_start = show_dry_run(config, options.resume, options.allow_changes, options.full, derived)
             return Status.FINISHED if can_start else Status.USER_MISTAKE
         check_before_loading(config, options.resume, options.allow_changes)
+        config, derived = fit_to_card(config, origins, options.resume, fetch=True)
     except ValueError as mistake:
         return report_mistake(mistake)
 
@@ -141,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> Status:
             from utils.run.build import build_run  # torch and the like, which takes seconds
 
             stop_request.check_while_loading()
-            run = build_run(config, options.resume, options.allow_changes, stop_request, limit)
+            run = build_run(config, options.resume, options.allow_changes, stop_request, limit, derived)
         except StoppedWhileLoading as stopped:
             print(stopped, file=sys.stderr)
             return Status.STOPPED_BY_SIGNAL

@@ -87,7 +87,8 @@ class Training:
     )
     max_tokens_per_microbatch: int | None = option(
         None,
-        "most tokens per microbatch, padding included, in place of gradient_accumulation_steps; null is off",
+        "most tokens per microbatch, padding included, in place of gradient_accumulation_steps; null is off; on a GPU "
+        "it is derived from the card where neither of the two is set",
         low=1,
     )
     loss_type: str = option(
@@ -309,7 +310,12 @@ class Training:
 class Vllm:
     """The vLLM engine. The transformers engine reads none of these fields."""
 
-    gpu_memory_utilization: float = option(0.2, "share of the GPU's memory that vLLM may use", above=0.0, high=1.0)
+    gpu_memory_utilization: float | None = option(
+        0.2,
+        "share of the GPU's memory that vLLM may use; null, or set nowhere, derives it from the card",
+        above=0.0,
+        high=1.0,
+    )
     dtype: str = option("bfloat16", "dtype that vLLM computes in", choices=["bfloat16", "float16", "float32"])
     enable_prefix_caching: bool = option(True, "compute the common beginning of prompts once and reuse its KV cache")
     enforce_eager: bool = option(

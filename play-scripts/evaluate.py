@@ -32,7 +32,8 @@ from utils.log.checkpoints import step_of_checkpoint
 from utils.log.files import CONFIG_FILE, ROLLOUTS_FILE, encode_row
 from utils.log.output import unwritable
 from utils.log.rollout_rows import rollout_rows
-from utils.preflight.config import load_config, to_dict
+from utils.preflight.config import load_config_and_origins, to_dict
+from utils.preflight.fit import fit_to_card
 from utils.preflight.model_files import is_local
 from utils.preflight.obstacles import refuse, shortfalls, unusable_files
 from utils.preflight.yaml_values import to_yaml_value
@@ -101,7 +102,8 @@ def checkpoint_config(options: argparse.Namespace) -> Config:
     if files and not options.config and not files[0].is_file():
         raise ValueError(f"{options.checkpoint} lies in no run folder, so its config is unknown; give --config")
     whole = ["training.max_val_examples=null", f"paths.model_path={to_yaml_value(options.checkpoint)}"]
-    config = load_config(files, [*whole, *options.overrides])
+    config, origins = load_config_and_origins(files, [*whole, *options.overrides])
+    config, _ = fit_to_card(config, origins)
     # nothing is trained, so what training needs may be missing here
     config.training = replace(config.training, use_bnb_adamw8bit=False, use_gradient_checkpointing=False)
     return config

@@ -1,11 +1,13 @@
 """Time and peak memory of a GRPO step, with each optimization switched off in turn, and of TRL's GRPOTrainer.
 
     python play-scripts/bench/step.py --output results/speed/quickstart
+    python play-scripts/bench/step.py --model data/smollm2/model
     python play-scripts/bench/step.py --shape qwen2.5-1.5b --config configs/hardware/h100.yaml --response-tokens 350
 
-By default the quickstart's model samples `--response-tokens` tokens per response, no fewer and no more, and rewards are
-drawn, so that every variant and TRL have the same work. With `--shape` a model of that shape has random weights, ids
-are random, nothing is sampled, and response lengths vary around `--response-tokens`: the training half of the step.
+By default the quickstart's model samples (with `--model` another checkpoint, on four-shot prompts). Responses have
+`--response-tokens` tokens, no fewer and no more, and rewards are drawn, so that every variant and TRL have the same
+work. With `--shape` a model of that shape has random weights, ids are random, nothing is sampled, and response lengths
+vary around `--response-tokens`: the training half of the step.
 Each measurement is a process of its own, a warm-up step and then `--steps`; the variants take turns `--rounds` times,
 and ratios are between the medians of one call, of wall and of processor time. TRL joins where it is installed and
 something is sampled: as it comes, and with our attention kernel and float32 products.

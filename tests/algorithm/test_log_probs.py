@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 
 import pytest
 import torch
@@ -24,17 +23,19 @@ from transformers import (
     Qwen3Config,
 )
 
+from utils.algorithm import head as head_module
+from utils.algorithm.head import Head, find_head
 from utils.algorithm.log_probs import (
+    _rounded_product,
     chunked_log_probs,
     compute_entropy,
     get_response_log_probs,
-    has_plain_head,
     response_log_probs,
 )
 
 VOCABULARY = 61
 PLAIN = (Qwen2Config, Qwen3Config, LlamaConfig, MistralConfig, GemmaConfig, Gemma3TextConfig)
-NOT_PLAIN = (Gemma2Config, GraniteConfig, CohereConfig, PhiConfig)  # capped, divided, multiplied, with a bias
+HEADS = {Gemma2Config: Head(cap=30.0), GraniteConfig: Head(scale=0.125), CohereConfig: Head(scale=0.0625)}
 
 
 def build(config_class: type[PretrainedConfig] = Qwen2Config, attention: str = "sdpa", **changes) -> torch.nn.Module:
@@ -95,7 +96,7 @@ def gradients(policy: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("config_class", PLAIN + NOT_PLAIN, ids=lambda c: c.__name__)
+@pytest.mark.parametrize("config_class", (*PLAIN, *HEADS, PhiConfig), ids=lambda c: c.__name__)
 def test_padded_batch_agrees_with_sequences_alone(config_class, attention):
     policy = build(config_class, attention)
     reference_policy = copy.deepcopy(policy)
@@ -117,16 +118,39 @@ def test_padded_batch_agrees_with_sequences_alone(config_class, attention):
         torch.testing.assert_close(gradient, expected_gradients[name], atol=2e-4, rtol=1e-3, msg=name)
 
 
-@pytest.mark.parametrize("config_class", PLAIN, ids=lambda c: c.__name__)
-def test_plain_heads_are_recognised(config_class, capsys):
-    assert has_plain_head(build(config_class))
-    assert capsys.readouterr().err == ""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("config_class", [*PLAIN, *HEADS], ids=lambda c: c.__name__)
+def test_heads_are_found(config_class, dtype):
+    assert find_head(build(config_class).to(dtype)) == HEADS.get(config_class, Head())
 
 
-@pytest.mark.parametrize("config_class", NOT_PLAIN, ids=lambda c: c.__name__)
-def test_other_heads_are_recognised_and_said(config_class, capsys):
-    assert not has_plain_head(build(config_class))
-    assert re.match(r"note: \w+ does more to its logits", capsys.readouterr().err)
+def test_a_head_of_another_kind_is_none(monkeypatch):
+    assert find_head(build(PhiConfig)) is None  # it has a bias
+    monkeypatch.setattr(head_module, "proposed_head", lambda _policy: Head())
+    for config_class in HEADS:  # a config that says nothing of what the model does to its logits
+        assert find_head(build(config_class)) is None
+
+
+@pytest.mark.parametrize("head", [Head(), Head(scale=0.3), Head(cap=2.0), Head(scale=3.0, cap=1.5)])
+@pytest.mark.parametrize("chunk_size", [3, 100])
+def test_head_against_autograd_in_float64(head, chunk_size):
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(10, 6, dtype=torch.float64), torch.randn(VOCABULARY, 6, dtype=torch.float64)
+    labels, upstream = torch.randint(VOCABULARY, (10,)), torch.randn(10, dtype=torch.float64)
+    results = []
+    for ours in (True, False):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        if ours:
+            log_probs, entropy = chunked_log_probs(h, w, labels, 0.7, chunk_size, with_entropy=True, head=head)
+        else:
+            logits = (h @ w.T) * head.scale
+            logits = logits if head.cap is None else head.cap * torch.tanh(logits / head.cap)
+            distribution = torch.distributions.Categorical(logits=logits / 0.7)
+            log_probs, entropy = distribution.log_prob(labels), distribution.entropy()
+        (log_probs * upstream).sum().backward()
+        results.append((log_probs, entropy, h.grad, w.grad))
+    for ours, exact in zip(*results, strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("chunk_size", [1, 5, 29, 30, 31, 1000])
@@ -225,7 +249,7 @@ class LargestTensor(TorchDispatchMode):
 def test_no_tensor_is_larger_than_a_chunk_of_logits():
     policy = build(vocab_size=4096)
     input_ids, mask = make_batch([(10, 80), (10, 60)])
-    assert has_plain_head(policy)
+    assert find_head(policy) == Head()
     with LargestTensor() as largest:
         response_log_probs(policy, input_ids, mask, chunk_size=40, with_entropy=True)[0].sum().backward()
     assert largest.elements == 40 * 4096  # 140 tokens in all; the head's weight is 32 * 4096
@@ -294,3 +318,9 @@ def test_ids_beyond_the_vocabulary_have_no_probability(chunk_size: int) -> None:
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, atol=1e-12, rtol=0)
     assert torch.equal(results[0][3][8:], torch.zeros(3, 5, dtype=torch.float64))
+
+
+def test_the_one_pass_of_cuda_rounds_as_two_do() -> None:
+    values, factor = torch.rand(7, 301, generator=torch.Generator().manual_seed(0)), torch.linspace(-2, 2, 7)[:, None]
+    two = _rounded_product(values.clone(), factor, torch.bfloat16, on_cuda=False)
+    assert torch.equal(_rounded_product(values, factor, torch.bfloat16, on_cuda=True), two)

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedConfig, Qwen2Config, T5Config
 from update_cases import ON_POLICY, make_batch
 
 from configs.defaults import Training
 from train_grpo import update_policy
 from utils import tiny
 from utils.algorithm import policy as policy_module
-from utils.algorithm.log_probs import has_plain_head
+from utils.algorithm.head import find_head
 from utils.algorithm.policy import (
     build_optimizer,
     choose_cpu_products,
@@ -46,7 +46,7 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(
 ) -> None:
     training = replace(ON_POLICY, use_gradient_checkpointing=True)
     policy = load_policy(str(tiny_model_dir), training)
-    has_plain_head(policy)  # looks once, with a forward pass of its own
+    find_head(policy)  # looks once, with a forward pass of its own
     forwards = []
     policy.get_decoder().layers[0].mlp.register_forward_pre_hook(lambda *_: forwards.append(1))
     one_microbatch = replace(training, gradient_accumulation_steps=1)
@@ -176,3 +176,19 @@ def test_dropout_is_switched_off_and_told(
     metrics = update_policy(policy, build_optimizer(policy, training), make_batch(), training, 0).metrics
     assert metrics["mean_ratio"] == pytest.approx(1.0, abs=1e-5)
     assert metrics["clip_fraction"] == 0.0
+
+
+def test_a_model_without_causal_head_is_refused_in_a_line(tmp_path: Path) -> None:
+    T5Config(d_model=8, d_ff=8, num_layers=1, vocab_size=40).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"no head that predicts the next token; take a causal") as refused:
+        load_policy(str(tmp_path), ON_POLICY)
+    assert "\n" not in str(refused.value) and len(str(refused.value)) < 300
+
+
+def test_a_tokenizer_without_end_token_is_refused_with_the_remedy(tiny_model_dir: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(str(tiny_model_dir))
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path)
+    shutil.copy(tiny_model_dir / "config.json", tmp_path)
+    with pytest.raises(ValueError, match=r"no end token.*`eos_token` in its tokenizer_config.json"):
+        load_tokenizer(str(tmp_path))

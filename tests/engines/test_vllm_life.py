@@ -288,3 +288,43 @@ def _session_of(pid: int) -> int | None:
         return os.getsid(pid)
     except (ProcessLookupError, PermissionError):
         return None
+
+
+class FakeLlm:
+    """Tells in which order an engine is woken and shut down."""
+
+    def __init__(self, calls: list[str], fails: bool) -> None:
+        self.calls, self.fails = calls, fails
+        self.llm_engine = self.engine_core = self
+
+    def wake_up(self) -> None:
+        self.calls.append("wake")
+        if self.fails:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def shutdown(self) -> None:
+        self.calls.append("shutdown")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_sleeping_engine_is_woken_before_it_ends(fails: bool) -> None:
+    from utils.engines.vllm_engine import VllmEngine
+
+    engine, calls = VllmEngine.__new__(VllmEngine), []
+    engine._llm, engine._asleep = FakeLlm(calls, fails), True
+    engine.close()
+    engine.close()
+    assert calls == ["wake", "shutdown"] and engine._llm is None
+
+
+def test_an_assertion_of_vllm_at_the_start_is_explained(
+    monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    from utils.engines import vllm_start
+
+    def fail(**_options: object) -> None:
+        raise AssertionError("CuMem allocator can only be used for one instance per process.")
+
+    monkeypatch.setattr(vllm_start, "LLM", fail)
+    with pytest.raises(RuntimeError, match="vLLM failed to start: CuMem allocator"):
+        start(cpu_config(tiny_model_dir), policy, tokenizer)

@@ -14,6 +14,7 @@ from configs.defaults import Config, Paths, Training
 from utils.preflight import dry_run
 from utils.preflight.config_rules import fields
 from utils.preflight.dry_run import describe_run, show_dry_run
+from utils.preflight.machine import machine_notes
 from utils.preflight.prompt_lengths import longest_prompt
 
 ROOT = Path(__file__).parents[2]
@@ -103,6 +104,17 @@ def test_memory_is_compared_with_this_machines(config: Config, monkeypatch) -> N
     config.training.device = "cuda:0"
     monkeypatch.setattr(dry_run, "gpu_memory", lambda: None)
     assert "assumed" in sections_of(describe_run(config))["peak memory, estimated"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [({"dtype": "float32"}, "autocast_dtype=bfloat16"), ({"attention_type": "flash_attention_2"}, "28 % more FLOPs")],
+)
+def test_what_a_gpu_does_slowly_is_said(config: Config, setting: dict[str, str], said: str) -> None:
+    vars(config.training).update(setting)
+    assert list(machine_notes(config)) == []
+    config.training.device = "cuda:0"
+    assert said in " ".join(sections_of(describe_run(config))["worth knowing"].split())
 
 
 @pytest.mark.parametrize(

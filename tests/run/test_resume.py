@@ -280,3 +280,29 @@ def test_with_vllm_a_killed_run_ends_the_same(world, tmp_path):
     assert start(output, "--resume").wait() == Status.FINISHED
     assert trained_steps(output) == list(range(1, N_STEPS + 1))
     assert_equal_runs(output, undisturbed)
+
+
+def test_a_kill_with_refill_retirement_schedule_and_kl_on_leaves_no_trace(world, tmp_path):
+    """All that samples, draws or trains by what came before it, in one run."""
+    options = [
+        "training.refill_groups=true",
+        "training.max_generation_rounds=3",
+        "training.retire_pass_rate=0.5",
+        "training.kl_coef=0.05",
+        "training.reference_dtype=float32",
+        "training.warmup_steps=2",
+        "training.lr_schedule=cosine",
+        "training.sampler_correction=tis",
+        "training.overlong_buffer=4",
+    ]
+    whole, output = tmp_path / "whole", tmp_path / "run"
+    assert finish(arguments(world, whole, *options)) == Status.FINISHED
+    rounds = [row["train/generation_rounds"] for row in rows_of(whole / "metrics.jsonl") if "grpo_step" in row]
+    assert max(rounds) > 1
+    for n_rows in (3, 6):
+        process = launch([*arguments(world, output, *options), *(["--resume"] if output.exists() else [])])
+        wait_for(process, lambda n_rows=n_rows: len(rows_of(output / "metrics.jsonl")) >= n_rows)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.join()
+    assert finish([*arguments(world, output, *options), "--resume"]) == Status.FINISHED
+    assert_equal_runs(output, whole)

@@ -148,7 +148,7 @@ def test_a_folder_that_another_process_runs_in_is_left_alone(tiny_model_dir: Pat
         ("paths.model_path=nowhere/model/here", "paths.model_path = 'nowhere/model/here': no config.json there"),
         ("training.reward_fn=r2_zero", "training.reward_fn = 'r2_zero' (command line): no reward function 'r2_zero'"),
         ("training.max_prompt_tokens=2", "max_prompt_tokens is 2"),
-        ("training.max_tokens=5000", "leaves no room for a prompt in the context of"),
+        ("training.max_tokens=5000", "2048 tokens; lower it"),
         ("training.use_chat_template=true", "has no chat template"),
         ("training.device=cuda:0", "no NVIDIA GPU here; set training.device=cpu"),
     ],

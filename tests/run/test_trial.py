@@ -53,6 +53,16 @@ def test_it_is_the_longest_that_can_come_and_leaves_no_trace(
     assert torch.equal(torch.get_rng_state(), random_state)
 
 
+def test_gradients_are_there_from_the_beginning(policy: torch.nn.Module) -> None:
+    """As in every microbatch but the first of a step: the peak is higher by a gradient."""
+    seen = []
+    policy.get_decoder().register_forward_pre_hook(
+        lambda *_: seen.append(all(p.grad is not None and not p.grad.any() for p in policy.parameters()))
+    )
+    try_longest_microbatch(policy, SETTINGS, longest_prompt=5)
+    assert seen[-1] and all(p.grad is None for p in policy.parameters())
+
+
 def test_running_out_names_the_knobs(policy: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     def out_of_memory(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")

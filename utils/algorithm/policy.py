@@ -31,6 +31,11 @@ def load_tokenizer(model_path: str) -> PreTrainedTokenizerBase:
         raise ValueError(f"paths.model_path = {model_path!r}: cannot load a tokenizer: {_one_line(error)}") from error
     if not tokenizer("1").input_ids:
         raise ValueError(f"paths.model_path = {model_path!r}: its tokenizer knows no text; are its files there?")
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"paths.model_path = {model_path!r}: its tokenizer has no end token, so nothing would tell where a "
+            "response ends; name one as `eos_token` in its tokenizer_config.json"
+        )
     return tokenizer
 
 
@@ -61,11 +66,8 @@ def load_policy(model_path: str, training: Training) -> PreTrainedModel:
     policy.to(training.device).train()
     if training.use_gradient_checkpointing:
         policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if training.use_packing and not enable_packing(policy):
-        note(
-            f"training.use_packing: {type(policy).__name__} with {training.attention_type} attention is not among what "
-            "it knows, so microbatches are padded"
-        )
+    if training.use_packing:
+        enable_packing(policy)  # or it stays padded: `is_packable` tells
     if training.use_compile:
         # in place, so that parameter names stay as they are; dynamic, since every microbatch has a length of its own
         policy.get_decoder().compile(dynamic=True)
@@ -183,4 +185,6 @@ def _one_line(error: Exception) -> str:
     """An error of transformers' in one line: its first sentences are often wrapped, and its later ones long."""
     if "trust_remote_code" in str(error):  # it advises to run the code
         return "it needs code of its own, which is never run; take a model that transformers knows without it"
+    if "Unrecognized configuration class" in str(error):  # it lists all classes that there are
+        return "its model type has no head that predicts the next token; take a causal language model"
     return textwrap.shorten(str(error), width=300, placeholder=" ...")

@@ -13,7 +13,7 @@ from vllm.outputs import CompletionOutput
 from configs.defaults import Config
 from utils.algorithm.policy import checkpoint_name, full_weights
 from utils.engines.responses import ResponseReader, check_rollouts, end_ids_of
-from utils.engines.vllm_start import GB, compilation, free_gpu_bytes, start_vllm, stop_vllm
+from utils.engines.vllm_start import GB, compilation, free_gpu_bytes, give_memory_back, start_vllm
 from utils.log.progress import progress_bar
 from utils.records import Prompt, Rollout, Sampling
 from utils.seeding import preserved_random_state
@@ -134,9 +134,17 @@ class VllmEngine:
 
     def close(self) -> None:
         """End vLLM and free its memory. Called again, it does nothing."""
-        if self._llm is not None:
-            llm, self._llm = self._llm, None
-            stop_vllm(llm)
+        if self._llm is None:
+            return
+        if self._asleep:  # memory that is unmapped would be unmapped again (vllm#36651)
+            free_gpu_bytes()
+            try:
+                self._llm.wake_up()
+            except RuntimeError as error:  # out of memory, say: the process ends anyway
+                logger.warning("vLLM could not be woken to end it: %s", error)
+        self._llm.llm_engine.engine_core.shutdown()
+        self._llm = None
+        give_memory_back()
 
     def _sampling_params(self, n: int, seed: int, temperature: float) -> SamplingParams:
         """Response j of the request is sampled with seed + j."""

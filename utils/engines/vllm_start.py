@@ -60,7 +60,8 @@ def start_vllm(config: Config, policy: PreTrainedModel, vocabulary_size: int, lo
     try:
         with preserved_random_state(), quiet(), compilation(config.training.device):
             return LLM(**options)
-    except (RuntimeError, ValueError, MemoryError) as error:  # torch's out-of-memory error is a RuntimeError
+    # torch's out-of-memory error is a RuntimeError; vLLM asserts that no other engine of this process could sleep
+    except (RuntimeError, ValueError, MemoryError, AssertionError) as error:
         cleanup_dist_env_and_memory()
         raise RuntimeError(explain_failed_start(config, max_model_len, error)) from error
     finally:
@@ -168,9 +169,8 @@ def _is_not_of_rotary_embeddings(record: logging.LogRecord) -> bool:
     return "RotaryEmbedding" not in record.getMessage()
 
 
-def stop_vllm(llm: LLM) -> None:
-    """End the engine and give its memory back. The caller drops its own reference after."""
-    llm.llm_engine.engine_core.shutdown()
+def give_memory_back() -> None:
+    """After the last reference to an engine is gone: what it held can be allocated again."""
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()

@@ -11,10 +11,12 @@ from utils.log.files import CONFIG_FILE, METRICS_FILE, ROLLOUTS_FILE, RUN_INFO_F
 from utils.own_code import file_and_function
 from utils.preflight.config import to_dict
 from utils.preflight.config_rules import own_code
+from utils.preflight.derive import usual_length
 from utils.preflight.hub import is_cached
 from utils.preflight.loss_rules import LOSSES_WITHOUT_RATIO
-from utils.preflight.machine import ASSUMED_GPU, estimated_memory, gpu_memory, host_memory
-from utils.preflight.model_files import bytes_to_fetch, is_local
+from utils.preflight.machine import ASSUMED_GPU, estimated_memory, gpu_memory, host_memory, machine_notes
+from utils.preflight.memory_estimate import kv_cache_tokens
+from utils.preflight.model_files import bytes_to_fetch, is_local, model_config
 from utils.preflight.obstacles import obstacles
 from utils.preflight.prompt_lengths import LongestPrompt, longest_prompt
 from utils.preflight.yaml_values import to_yaml_value
@@ -27,17 +29,19 @@ LESS_MEMORY = (
 GB = 1e9
 
 
-def show_dry_run(config: Config, resume: bool, allow_changes: bool, full: bool) -> bool:
+def show_dry_run(config: Config, resume: bool, allow_changes: bool, full: bool, derived: Sequence[str] = ()) -> bool:
     """Print what `--dry-run` has to say; True if nothing that it can see keeps the run from starting."""
     in_the_way = list(obstacles(config, resume, allow_changes))
-    print(describe_run(config, in_the_way, full))
+    print(describe_run(config, in_the_way, full, derived))
     return not in_the_way
 
 
-def describe_run(config: Config, in_the_way: Sequence[str] = (), full: bool = False) -> str:
+def describe_run(
+    config: Config, in_the_way: Sequence[str] = (), full: bool = False, derived: Sequence[str] = ()
+) -> str:
     """The text of `--dry-run`: the obstacles in the way, what is worth knowing, the config, and what follows from it.
 
-    Only fields that differ from their defaults are shown, unless `full`.
+    Only fields that differ from their defaults are shown, unless `full`. `derived` tells what follows from the card.
     """
     prompt = longest_prompt(config)
     which = "every field" if full else "what differs from the defaults (--full shows every field)"
@@ -45,6 +49,7 @@ def describe_run(config: Config, in_the_way: Sequence[str] = (), full: bool = Fa
         "what keeps it from starting here": [f"- {line}" for line in in_the_way] or ["nothing"],
         "worth knowing": [f"- {note}" for note in notes(config, prompt)],
         f"config: {which}": list(_config_lines(config, full)) or ["nothing"],
+        "derived from the card, as nothing sets it": derived,
         "what follows": [f"{name}: {value}" for name, value in consequences(config, prompt)],
         "peak memory, estimated": list(memory_lines(config, prompt)),
         "files": list(_files(config)),
@@ -71,6 +76,7 @@ def notes(config: Config, prompt: LongestPrompt) -> Iterator[str]:
         size = bytes_to_fetch(model_path)
         amount = "an unknown amount" if size is None else f"about {size / GB:.1f} GB"
         yield f"{model_path} is not on this machine yet: {amount} to fetch from the hub"
+    yield from machine_notes(config)
     yield from _memory_notes(config, prompt)
 
 
@@ -80,6 +86,12 @@ def _memory_notes(config: Config, prompt: LongestPrompt) -> Iterator[str]:
     except ValueError:
         return  # `memory_lines` says why
     peak, (memory, whose) = _peak(parts), _memory(config)
+    cache = _cache(config, prompt)
+    if cache is not None and cache[0] < cache[1]:
+        yield (
+            f"vLLM's KV cache holds about {cache[0]:,} tokens, fewer than the {cache[1]:,} of the sequences that are "
+            "sampled at once, so it computes some of them twice; raise vllm.gpu_memory_utilization, or set it to null"
+        )
     if peak > memory:
         yield f"it DOES NOT FIT: about {peak / GB:.1f} GB are needed of the {memory / GB:.1f} GB {whose}; {LESS_MEMORY}"
 
@@ -102,6 +114,9 @@ def consequences(config: Config, prompt: LongestPrompt) -> Iterator[tuple[str, s
         yield "microbatch", f"{size}: {fit} rollouts of {longest:,}, more if they are shorter"
     yield "longest prompt", prompt.how
     yield "rollouts by", _engine(config)
+    cache = _cache(config, prompt)
+    if cache is not None:
+        yield "KV cache", f"about {cache[0]:,} tokens; the sequences sampled at once usually have {cache[1]:,}"
     yield "evaluations", _how_often(t.eval_interval, "never", "before training and after every {} steps")
     best = "at a new best"
     yield "checkpoints", _how_often(t.checkpoint_interval, f"{best} and at the end", f"every {{}} steps, {best}")
@@ -139,6 +154,19 @@ def memory_lines(config: Config, prompt: LongestPrompt) -> Iterator[str]:
     memory, whose = _memory(config)
     verdict = "fits into" if _peak(parts) <= memory else "DOES NOT FIT into"
     yield f"{verdict} the {memory / GB:.1f} GB {whose}"
+
+
+def _cache(config: Config, prompt: LongestPrompt) -> tuple[int, int] | None:
+    """Tokens that vLLM's KV cache holds on a GPU, and those of the sequences sampled at once at a usual length."""
+    t = config.training
+    if not t.device.startswith("cuda") or not _engine(config).startswith("vllm"):
+        return None
+    sizes = model_config(config.paths.model_path)
+    if sizes is None or config.vllm.gpu_memory_utilization is None:
+        return None
+    at_once = min(t.rollout_batch_size, config.vllm.max_num_seqs)
+    usual = usual_length(prompt.tokens + t.max_tokens)
+    return kv_cache_tokens(sizes, config, _memory(config)[0]), at_once * usual
 
 
 def _peak(parts: dict[str, int]) -> int:

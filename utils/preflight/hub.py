@@ -80,3 +80,11 @@ def _answers(url: str) -> bool:
     thread.start()
     thread.join(PATIENCE)
     return bool(answered)
+
+
+def fetch_small_file(model_path: str, name: str) -> None:
+    """Have the hub's client fetch and keep a file of a model, if it is not here yet. Raises OSError or ValueError."""
+    if cached_file(model_path, name) is None:
+        from huggingface_hub import hf_hub_download
+
+        hf_hub_download(model_path, name)

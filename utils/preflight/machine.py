@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import os
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 from configs.defaults import Config
 from utils.engines import choose_engine
+from utils.preflight.derive import Card
 from utils.preflight.memory_estimate import estimate_peak_memory
 from utils.preflight.model_files import model_config
 
@@ -25,13 +27,28 @@ def has_gpu() -> bool:
     return any(Path(file).exists() for file in GPU_FILES)
 
 
-@functools.cache
 def gpu_memory() -> int | None:
     """Bytes of memory that the first GPU has, as the driver's tool says; None if there is no GPU or no such tool."""
-    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    asked = _ask_driver()
+    return asked and asked[0]
+
+
+def this_card() -> Card:
+    """The first GPU's memory and what was free of it when it was first asked, or a card that is assumed."""
+    asked = _ask_driver()
+    if asked is None:
+        return Card(ASSUMED_GPU, ASSUMED_GPU, "assumed, as no GPU here tells its memory")
+    return Card(*asked)
+
+
+@functools.cache
+def _ask_driver() -> tuple[int, int] | None:
+    """(total, free) bytes. Asked once, before this process itself takes any."""
+    command = ["nvidia-smi", "--query-gpu=memory.total,memory.free", "--format=csv,noheader,nounits"]
     try:
         listed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout
-        return int(listed.splitlines()[0]) * 2**20
+        total, free = listed.splitlines()[0].split(",")
+        return int(total) * 2**20, int(free) * 2**20
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):  # some cards answer "[N/A]"
         return None
 
@@ -54,3 +71,20 @@ def estimated_memory(config: Config, longest_prompt: int | None = None) -> dict[
     longest_sequence = t.max_tokens + (longest_prompt or t.max_prompt_tokens or ASSUMED_PROMPT)
     device_memory = (gpu_memory() or ASSUMED_GPU) if t.device.startswith("cuda") else None
     return estimate_peak_memory(sizes, config, longest_sequence, device_memory, choose_engine(config) == "vllm")
+
+
+def machine_notes(config: Config) -> Iterator[str]:
+    """What a GPU does slowly with these settings."""
+    t = config.training
+    if not t.device.startswith("cuda"):
+        return
+    if t.dtype == "float32" and t.autocast_dtype is None:
+        yield (
+            "float32 on a GPU: attention may go without its fast kernels, and products are several times slower than "
+            "in bfloat16; training.autocast_dtype=bfloat16 keeps the weights in float32 and computes in bfloat16"
+        )
+    if t.attention_type.startswith("flash") and t.use_packing:
+        yield (
+            f"attention_type {t.attention_type} trains with padding, and computes a prompt again for each rollout, for "
+            "up to 28 % more FLOPs; sdpa takes torch's own flash kernel and packs"
+        )

@@ -11,6 +11,10 @@ BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 # For what no tensor holds: the CUDA context, the libraries' workspaces and gaps in the allocator. An allowance, not a
 # measurement.
 CUDA_ALLOWANCE = 1 * GIB
+# What vLLM takes of its share beside weights and KV cache: its profile of a full batch, the sampler's logits, CUDA
+# graphs. And what sleep leaves on the card, the graphs. Both are allowances too, read and not measured.
+VLLM_OVERHEAD = 1 * GIB
+CUDA_GRAPHS = 600 * 10**6
 
 
 def count_parameters(model_config: dict[str, Any]) -> dict[str, int]:
@@ -141,6 +145,22 @@ def _log_probs(sizes: dict[str, int], config: Config, n_response_tokens: int) ->
     return max(forward, backward)
 
 
+def kv_cache_bytes_per_token(model_config: dict[str, Any], config: Config) -> int:
+    """Keys and values of all layers for one token, in vLLM's dtype."""
+    sizes = _sizes(model_config)
+    return 2 * sizes["n_layers"] * sizes["kv"] * BYTES[config.vllm.dtype]
+
+
+def kv_cache_tokens(model_config: dict[str, Any], config: Config, device_memory: int | None) -> int:
+    """About how many tokens vLLM's KV cache holds: its share of the GPU less weights and `VLLM_OVERHEAD`."""
+    if device_memory is None:
+        cache = config.vllm.cpu_kv_cache_mb * 2**20
+    else:
+        weights = count_parameters(model_config)["total"] * BYTES[config.vllm.dtype]
+        cache = config.vllm.gpu_memory_utilization * device_memory - weights - VLLM_OVERHEAD
+    return max(0, int(cache)) // kv_cache_bytes_per_token(model_config, config)
+
+
 def _vllm(config: Config, n_parameters: int, device_memory: int | None, uses_vllm: bool) -> dict[str, int]:
     """What vLLM takes awake and asleep. On CUDA both are shares of the device's memory; the CPU build never sleeps."""
     if not uses_vllm:
@@ -148,6 +168,9 @@ def _vllm(config: Config, n_parameters: int, device_memory: int | None, uses_vll
     elif device_memory is None:
         awake = asleep = n_parameters * BYTES[config.vllm.dtype] + config.vllm.cpu_kv_cache_mb * 2**20
     else:
+        assert config.vllm.gpu_memory_utilization is not None, "not derived: see utils/preflight/fit.py"
         awake = int(config.vllm.gpu_memory_utilization * device_memory)
-        asleep = 0 if config.training.use_vllm_sleep_mode else awake  # both levels free weights and cache on the device
+        # both levels free weights and cache on the device; graphs stay
+        graphs = 0 if config.vllm.enforce_eager else CUDA_GRAPHS
+        asleep = min(graphs, awake) if config.training.use_vllm_sleep_mode else awake
     return {"vllm_awake": awake, "vllm_asleep": asleep}

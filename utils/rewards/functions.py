@@ -14,8 +14,10 @@ A response's text holds no end token: engines decode without special tokens. Wha
 from __future__ import annotations
 
 import functools
+import hashlib
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from configs.defaults import Training
 from utils.own_code import is_own
@@ -76,6 +78,23 @@ def graded(extract: Callable[[str], str | None], needs: Needs) -> RewardFn:
     return reward_fn
 
 
+def coin_flip(measured: RewardFn) -> RewardFn:
+    """A control: totals are 0 or 1 at random, whatever was answered, while format and answer are still measured.
+
+    A claim that training taught something needs a run in which the reward says nothing (Shao et al. 2025,
+    arXiv:2506.10947). The coin is a hash of a rollout's log-probs and place, so that a resumed run flips the same.
+    """
+
+    def reward_fn(rollouts: Sequence[Rollout], grader: Grader) -> list[Reward]:
+        totals = []
+        for place, rollout in enumerate(rollouts):
+            text = repr((place, rollout.response_ids, rollout.sampler_log_probs))
+            totals.append(float(hashlib.sha256(text.encode()).digest()[0] % 2))
+        return [replace(m, total=total) for m, total in zip(measured(rollouts, grader), totals, strict=True)]
+
+    return reward_fn
+
+
 def end_token_penalty(rollouts: Sequence[Rollout], grader: Grader) -> list[Reward]:
     """-0.1 for every end token after the first, at most -1 per response.
 
@@ -90,6 +109,7 @@ REWARD_FNS: dict[str, RewardFn] = {
     "r1_zero": graded(r1_zero_answer, needs=(("</think> <answer>",), ("</answer>",))),
     "question_only": graded(question_only_answer, needs=(("\\boxed{", "\\fbox{"),)),
     "gsm8k": graded(gsm8k_answer, needs=(("####", "</answer>"),)),
+    "gsm8k_random": coin_flip(graded(gsm8k_answer, needs=(("####", "</answer>"),))),
     "end_token_penalty": end_token_penalty,
 }
 

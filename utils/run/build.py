@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
@@ -9,8 +10,10 @@ from typing import TextIO
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from configs.defaults import Config
+from configs.defaults import Config, Training
+from utils.algorithm.head import find_head
 from utils.algorithm.losses import find_loss
+from utils.algorithm.packing import is_packable
 from utils.algorithm.policy import build_optimizer, context_length, load_policy, load_reference, load_tokenizer
 from utils.engines import build_engine
 from utils.log.files import CONFIG_FILE, save_run_info
@@ -19,6 +22,7 @@ from utils.log.run_log import RunLog
 from utils.own_code import digests
 from utils.preflight.config import save_config, to_dict
 from utils.preflight.config_rules import ConfigError, own_code
+from utils.preflight.machine import machine_notes
 from utils.preflight.obstacles import output_obstacles, refuse
 from utils.problems import (
     ProblemStream,
@@ -31,6 +35,7 @@ from utils.problems import (
 from utils.records import Prompt, RolloutEngine
 from utils.rewards.functions import RewardScorer, find_reward_fn
 from utils.rewards.grader import Grader
+from utils.run.background_save import BackgroundSaver
 from utils.run.checkpoint import Checkpoints, TrainState
 from utils.run.ending import StopRequest, TimeLimit
 from utils.run.engine_check import EngineCheck
@@ -43,8 +48,17 @@ from utils.run.watchers import Watchers
 from utils.seeding import restore_random_state, seed_everything
 
 
-def build_run(config: Config, resume: bool, allow_changes: bool, stop_request: StopRequest, limit: TimeLimit) -> Run:
+def build_run(
+    config: Config,
+    resume: bool,
+    allow_changes: bool,
+    stop_request: StopRequest,
+    limit: TimeLimit,
+    first_lines: Sequence[str] = (),
+) -> Run:
     """Everything that `train` needs, from the newest checkpoint in `output_dir` where `resume`.
+
+    `first_lines` are shown as the log opens.
 
     Raises ValueError for what the user can mend: a model that does not load, a folder that holds a run, a changed
     config. Then the output folder is as it was before.
@@ -55,7 +69,10 @@ def build_run(config: Config, resume: bool, allow_changes: bool, stop_request: S
     with claimed(Path(config.paths.output_dir)) as lock:
         checkpoint = find_checkpoint(config, resume, allow_changes)
         try_own_code(config)
-        return assemble(config, checkpoint, resume, stop_request, limit, lock)
+        run = assemble(config, checkpoint, resume, stop_request, limit, lock)
+    for line in first_lines:
+        run.log.note(line)
+    return run
 
 
 def assemble(
@@ -73,6 +90,7 @@ def assemble(
     longest_prompt = max(len(prompt.token_ids) for prompt in (*train_prompts, *validation_prompts))
     policy, optimizer, engine = build_learner(config, model_path, tokenizer, longest_prompt)
     stop_request.check_while_loading()
+    more_notes += notes_on_policy(policy, t)
     stop_request.install()  # vLLM and others may have put handlers of their own in place
 
     problem_stream, watchers = ProblemStream(train_prompts, t.seed), Watchers(config)
@@ -84,7 +102,7 @@ def assemble(
         watchers.load_state_dict(state.guard, state.advisor)
         if state.skipped_in_a_row >= t.max_nonfinite_steps:  # what ended the run; a resume is another try
             state = replace(state, skipped_in_a_row=0)
-    log = open_log(config, resume, state, engine.name, [*notes, *more_notes])
+    log = open_log(config, resume, state, engine.name, [*notes, *more_notes, *machine_notes(config)])
     checkpoints.tidy()  # not before everything was read: until here a damaged run is as it was
     if log.lost_evaluation:
         state = replace(state, evaluated_step=None)
@@ -99,6 +117,7 @@ def assemble(
         learner=Learner(policy, tokenizer, optimizer, engine, scorer, problem_stream, reference),
         validation_prompts=fixed_subset(validation_prompts, t.max_val_examples, t.seed),
         checkpoints=checkpoints,
+        saver=BackgroundSaver(checkpoints),
         watchers=watchers,
         engine_check=EngineCheck(config),
         log=log,
@@ -134,6 +153,22 @@ def try_own_code(config: Config) -> None:
                 find_loss(name) if field == "training.loss_type" else find_reward_fn(name)
             except ValueError as error:
                 raise ConfigError(f"{field} = {name!r}: {error}") from error
+
+
+def notes_on_policy(policy: PreTrainedModel, training: Training) -> list[str]:
+    """What a model takes more time or memory for than others, because of what it is built of."""
+    notes, name = [], type(policy).__name__
+    if training.use_packing and not is_packable(policy):
+        notes.append(
+            f"training.use_packing: a packed pass does not give the numbers of {name} with {training.attention_type} "
+            "attention, so microbatches are padded"
+        )
+    if find_head(policy) is None:
+        notes.append(
+            f"{name} does more to its logits than a matrix product, a scale and a cap: log-probs are computed from "
+            "full logits, which takes more memory"
+        )
+    return notes
 
 
 def find_checkpoint(config: Config, resume: bool, allow_changes: bool) -> Path | None:

@@ -20,7 +20,8 @@ from utils.log.run_log import RunLog
 from utils.plots.figures import reward_curve
 from utils.preflight.machine import estimated_memory
 from utils.records import Prompt, Reward, Rollout
-from utils.run.checkpoint import Checkpoints, TrainState
+from utils.run.background_save import BackgroundSaver
+from utils.run.checkpoint import Checkpoints, SaveFailure, TrainState
 from utils.run.closing import closing_lines
 from utils.run.ending import Status, StopRequest, TimeLimit
 from utils.run.engine_check import EngineCheck
@@ -43,6 +44,7 @@ class Run:
     learner: Learner
     validation_prompts: Sequence[Prompt]
     checkpoints: Checkpoints
+    saver: BackgroundSaver
     watchers: Watchers
     engine_check: EngineCheck
     log: RunLog
@@ -51,6 +53,7 @@ class Run:
     limit: TimeLimit
     state: TrainState
     lock: TextIO
+    told_of_failure: int | None = None  # the GRPO step whose failed save was warned of last
 
     def __enter__(self) -> Run:
         return self
@@ -60,6 +63,7 @@ class Run:
     ) -> None:
         """Close everything. A run that an exception ends says where it can be resumed from; nothing more is saved."""
         if error is not None:
+            self.saver.settle()
             if not isinstance(error, CannotWrite):  # which `main` reports
                 step = self.state.steps_done + 1
                 self.log.warn(f"the run ends with {kind.__name__} in GRPO step {step}. {self.how_to_resume()}")
@@ -200,18 +204,27 @@ class Run:
         """Save every `checkpoint_interval` steps, at a new best, at the end, and again after a save that failed."""
         step = self.state.steps_done
         due = self._is_due(self.config.training.checkpoint_interval, step) or self.state.best_step == step
-        if step > 0 and (due or self.checkpoints.failure is not None):
+        failed = not self.saver.is_writing and self._hear_of_the_last_save() is not None
+        if step > 0 and (due or failed):
             self.save()
 
     def save(self) -> None:
-        """Save the run's state; a failure is a warning, one a step."""
-        earlier = self.checkpoints.failure
-        started, learner = time.perf_counter(), self.learner
+        """Save the run's state in the background, once the save before this one has ended."""
+        self._hear_of_the_last_save()
         is_best = self.state.best_step == self.state.steps_done
-        failure = self.checkpoints.save(self.state, learner.policy, learner.tokenizer, learner.optimizer, is_best)
-        if failure is not None and (earlier is None or earlier.grpo_step != failure.grpo_step):
+        learner = self.learner
+        self.saver.begin(self.state, learner.policy, learner.tokenizer, learner.optimizer, is_best)
+
+    def _hear_of_the_last_save(self) -> SaveFailure | None:
+        """Wait for it, and note how long it took; a failure is a warning, one per step."""
+        failure = self.saver.wait()
+        if failure is not None and failure.grpo_step != self.told_of_failure:
+            self.told_of_failure = failure.grpo_step
             self.log.warn(str(failure))
-        self.limit.record(save=time.perf_counter() - started)
+        if self.saver.seconds is not None:
+            self.limit.record(save=self.saver.seconds)
+            self.saver.seconds = None
+        return failure
 
     def reason_to_end(self) -> Status | None:
         """How the run ends here, its last state saved; None if it goes on."""
@@ -228,9 +241,11 @@ class Run:
         elif not self.limit.allows_another_step(evaluates=t.eval_interval is not None):
             self.evaluate_if_due(always=True)
             status = Status.TIME_LIMIT
-        if status is not None and self.state.steps_done > 0:
+        if status is None:
+            return None
+        if self.state.steps_done > 0:
             self.save()
-        return Status.ERROR if status is not None and self.checkpoints.failure is not None else status
+        return status if self._hear_of_the_last_save() is None else Status.ERROR
 
     def _grading_metrics(self) -> dict[str, float]:
         """What the grader has counted since it was last asked."""

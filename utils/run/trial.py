@@ -20,8 +20,9 @@ KNOBS = (
 def try_longest_microbatch(policy: torch.nn.Module, training: Training, longest_prompt: int) -> None:
     """Forward and backward of the largest microbatch that can come; weights and random states stay as they are.
 
-    A dummy block stands in for the optimizer state, which is allocated only at the first step. Raises ValueError if
-    memory runs out, with what is free and the knobs.
+    A dummy block stands in for the optimizer state, which is allocated only at the first step. Gradients are there from
+    the beginning, as in every microbatch but the first. Raises ValueError if memory runs out, with what is free and the
+    knobs.
     """
     device = next(policy.parameters()).device
     length = longest_prompt + training.max_tokens
@@ -37,6 +38,8 @@ def try_longest_microbatch(policy: torch.nn.Module, training: Training, longest_
     batch = make_train_batch(rollouts, ones, ones)
     try:
         optimizer_state = torch.empty(optimizer_bytes(policy, training), dtype=torch.uint8, device=device)
+        for parameter in trainable(policy):
+            parameter.grad = torch.zeros_like(parameter)
         microbatch = take_microbatch(policy, batch, torch.arange(size))
         log_probs, _ = policy_log_probs(policy, microbatch, training)
         log_probs.sum().backward()  # the losses are elementwise: beside the model their memory is nothing

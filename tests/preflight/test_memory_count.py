@@ -1,0 +1,26 @@
+"""The memory estimate against a count on fake tensors of the published model's real shapes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from memory_count import QWEN_1_5B, count_training_peak
+
+from utils.preflight.config import load_config
+from utils.preflight.memory_estimate import estimate_peak_memory
+
+HARDWARE = Path(__file__).parents[2] / "configs/hardware"
+PROMPT, RESPONSE = 400, 1024
+
+
+@pytest.mark.parametrize("overlay", ["rtx4090", "h100", None])
+def test_the_estimate_is_within_a_tenth_of_the_count(overlay: str | None) -> None:
+    config = load_config([HARDWARE / f"{overlay}.yaml"] if overlay else [])
+    parts = estimate_peak_memory(QWEN_1_5B, config, PROMPT + RESPONSE, device_memory=24 * 10**9)
+    budget = config.training.max_tokens_per_microbatch or 0
+    n_sequences = max(1, budget // (PROMPT + RESPONSE))
+    counted = count_training_peak(QWEN_1_5B, config, parts["optimizer"], PROMPT, n_sequences)
+    estimated = parts["training_peak"] - parts["allowance"] - parts["vllm_asleep"]
+    print(f"{overlay}: counted {counted / 1e9:.2f} GB, estimated {estimated / 1e9:.2f} GB")
+    assert estimated == pytest.approx(counted, rel=0.1)
