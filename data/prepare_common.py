@@ -70,12 +70,20 @@ def read_split(split: str, rows: Rows) -> tuple[list[Problem], list[str]]:
     return problems, without_answer
 
 
-def run_command(description: str, output: str, hub_name: str, prepare: Callable[[argparse.Namespace], None]) -> int:
-    """Parse the options, which both scripts share, and prepare. A mistake is one line and exit status 2."""
+def run_command(
+    description: str,
+    output: str,
+    hub_name: str | None,
+    prepare: Callable[[argparse.Namespace], None],
+    add_options: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
+) -> int:
+    """Parse the options, which the scripts share, and prepare. A mistake is one line and exit status 2."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path(output), help=f"folder to write ({output})")
     parser.add_argument("--raw", type=Path, metavar="FOLDER", help="read local files instead of the hub")
-    parser.add_argument("--hub-name", default=hub_name, help=f"data set on the Hugging Face hub ({hub_name})")
+    if hub_name is not None:
+        parser.add_argument("--hub-name", default=hub_name, help=f"data set on the Hugging Face hub ({hub_name})")
+    add_options(parser)
     options = parser.parse_args()
     try:
         if options.raw is not None and not options.raw.is_dir():

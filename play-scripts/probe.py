@@ -15,7 +15,8 @@ import sys
 from collections.abc import Sequence
 
 from configs.defaults import Config
-from utils.preflight.config import load_config, to_dict
+from utils.preflight.config import load_config_and_origins, to_dict
+from utils.preflight.fit import fit_to_card
 from utils.preflight.obstacles import refuse, shortfalls, unusable_files
 from utils.run.ending import Status
 
@@ -25,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> Status:
     try:
         if options.responses < 1:
             raise ValueError(f"--responses {options.responses}: give 1 or more")
-        config = load_config(options.config, options.overrides)
+        config, _ = fit_to_card(*load_config_and_origins(options.config, options.overrides))
         # nothing is trained, so what training needs may be missing here
         config.training.use_bnb_adamw8bit = config.training.use_gradient_checkpointing = False
         config.training.wandb_project = ""

@@ -66,9 +66,12 @@ def run(options: argparse.Namespace) -> None:
 
     tokenizer = load(load_tokenizer, options.model)
     demonstrations, n_left_out = load_demonstrations(options.data, tokenizer, options.max_tokens)
+    if options.epochs is not None:
+        options.steps = math.ceil(options.epochs * len(demonstrations) / options.batch_size)
+    check_save_at(options)
     print(
         f"{len(demonstrations)} demonstrations ({n_left_out} longer than {options.max_tokens} tokens left out), "
-        f"{options.steps * options.batch_size / len(demonstrations):.2f} epochs"
+        f"{options.steps} steps, {options.steps * options.batch_size / len(demonstrations):.2f} epochs"
     )
     training = Training(
         seed=options.seed,
@@ -112,19 +115,23 @@ def check_options(options: argparse.Namespace, output: Path) -> None:
     if not is_local(options.model) and (reason := unavailable(options.model)) is not None:
         raise ValueError(f"--model {options.model}: {reason}")
     for name in ("steps", "batch_size", "gradient_accumulation_steps", "max_tokens"):
-        if getattr(options, name) < 1:
+        if getattr(options, name) is not None and getattr(options, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)} should be 1 or more")
-    for name in ("learning_rate", "max_grad_norm"):
-        if not 0 < getattr(options, name) < math.inf:
+    for name in ("epochs", "learning_rate", "max_grad_norm"):
+        if getattr(options, name) is not None and not 0 < getattr(options, name) < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)} should be above 0")
     if options.batch_size % options.gradient_accumulation_steps:
         raise ValueError(
             f"--batch-size {options.batch_size} does not divide into "
             f"--gradient-accumulation-steps {options.gradient_accumulation_steps} equal microbatches"
         )
+
+
+def check_save_at(options: argparse.Namespace) -> None:
+    """Raise ValueError for a step to save at that is none; how many steps there are may follow from the data."""
     for step in options.save_at:
         if not 1 <= step <= options.steps:
-            raise ValueError(f"--save-at {step} is not one of the {options.steps} --steps")
+            raise ValueError(f"--save-at {step} is not one of the {options.steps} steps")
 
 
 def default_device() -> str:
@@ -139,7 +146,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--model", required=True, help="checkpoint folder, or a model's name on the Hugging Face hub")
     add("--data", required=True, help="demonstrations: JSONL with `prompt` and `response`")
     add("--output", required=True, help="folder to write; one that already holds something is refused")
-    add("--steps", type=int, required=True, help="optimizer steps, the last of which is saved as `final`")
+    length = parser.add_mutually_exclusive_group(required=True)
+    length.add_argument("--steps", type=int, help="optimizer steps, the last of which is saved as `final`")
+    length.add_argument("--epochs", type=float, help="passes over the demonstrations, rounded up to whole steps")
     add("--save-at", type=int, nargs="+", default=[], metavar="STEP", help="also save after these steps")
     add("--batch-size", type=int, default=64, help="demonstrations an optimizer step (64)")
     add("--gradient-accumulation-steps", type=int, default=1, help="microbatches per step; more take less memory (1)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -117,16 +118,21 @@ INPUTS = LossInputs(
 
 
 def test_the_example_loss_by_hand() -> None:
-    """Sequence ratios exp((0.1 - 0.1 - 0.3) / 3) = exp(-0.1) and exp(-0.1); within the clip range of 0.2."""
-    training = Training(loss_type=f"{EXAMPLES}/loss.py:gspo", group_size=2)
+    """The second response, of one token, did badly, and is exp(-0.1) as likely as it was."""
+    training = Training(loss_type=f"{EXAMPLES}/loss.py:topr", group_size=2)
     loss = find_loss(training.loss_type)
-    values, extras = loss.per_token(INPUTS, training)
-    ratio = torch.exp(torch.tensor(-0.1))
-    assert torch.allclose(values, torch.stack([-ratio, ratio])[:, None].expand(2, 3))
-    assert not extras["clipped"].any()
-    assert loss.has_gradient(INPUTS.rewards, torch.tensor([0.0, 1.0]), Training()).tolist() == [False, True]
+    values, _ = loss.per_token(INPUTS, training)
+    weight = torch.exp(torch.tensor(-0.1)).item()
+    assert values[0].tolist() == pytest.approx([1.0, 0.5, 2.0])
+    assert values[1, 0].item() == pytest.approx(weight * -0.2)
+    gradient = torch.autograd.grad(values.sum(), INPUTS.policy_log_probs)[0]
+    assert gradient[:, 0].tolist() == pytest.approx([-1.0, weight])
+    likelier = dataclasses.replace(INPUTS, old_log_probs=INPUTS.old_log_probs - 1.0)
+    assert loss.per_token(likelier, training)[0][1, 0].item() == pytest.approx(-0.2)  # at most 1
+    assert loss.has_gradient(INPUTS.rewards, torch.tensor([0.0, 1.0]), training).tolist() == [False, True]
     assert loss.needs_old_log_probs(Training(epochs_per_rollout_batch=2))
-    assert objective(INPUTS, training).item() == pytest.approx(0.0)
+    expected = (3.5 / 3 - weight * 0.2) / 2
+    assert objective(INPUTS, training).item() == pytest.approx(expected)
 
 
 def test_a_loss_that_says_nothing_of_itself_is_taken_to_need_everything(tmp_path: Path) -> None:
@@ -172,18 +178,18 @@ def test_a_run_with_both_and_a_resume_that_compares_the_file(world: Path, tmp_pa
     reward, loss = (shutil.copy(EXAMPLES / f"{name}.py", tmp_path / f"{name}.py") for name in ("reward", "loss"))
     options = arguments(
         world, tmp_path / "run",
-        f"training.reward_fn={reward}:bracketed", f"training.loss_type={loss}:gspo", "training.n_grpo_steps=1",
+        f"training.reward_fn={reward}:bracketed", f"training.loss_type={loss}:topr", "training.n_grpo_steps=1",
     )  # fmt: skip
     assert finish(options) == 0, printed_file(tmp_path / "run").read_text()
     (launch,) = json.loads((tmp_path / "run" / "run.json").read_text())["launches"]
-    assert list(launch["own_code"]) == [f"{reward}:bracketed", f"{loss}:gspo"]
+    assert list(launch["own_code"]) == [f"{reward}:bracketed", f"{loss}:topr"]
     more = [*options, "training.n_grpo_steps=2", "--resume"]
     with Path(reward).open("a") as file:
         file.write("# changed\n")
     assert finish(more) == 2
     told = printed_file(tmp_path / "run").read_text()
     assert f"training.reward_fn = '{reward}:bracketed': the file has changed" in told
-    assert "loss.py:gspo': the file has changed" not in told
+    assert "loss.py:topr': the file has changed" not in told
     assert finish([*more, "--allow-changes"]) == 0
     assert trained_steps(tmp_path / "run") == [1, 2]
     assert rows_of(tmp_path / "run" / "rollouts.jsonl")

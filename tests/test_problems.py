@@ -392,3 +392,32 @@ def test_prepare_gsm8k_from_raw_files(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert load_problems(tmp_path / "out" / "train.jsonl") == [Problem("q", "1080")]
     assert load_problems(tmp_path / "out" / "validation.jsonl") == [Problem("q", "-7")]
+
+
+def test_prepare_benchmarks_from_raw_files(tmp_path: Path) -> None:
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    write_rows(raw / "aime24.jsonl", {"problem": "a", "solution": "so \\boxed{204}.", "year": 2024})
+    write_rows(raw / "amc23.jsonl", {"question": "b", "answer": 27.0}, {"question": "c", "answer": ""})
+    write_rows(raw / "math500.jsonl", {"problem": "d", "answer": "x", "level": 5, "subject": "Algebra"})
+    write_rows(raw / "olympiadbench.jsonl", {"question": "e", "final_answer": ["2", "3"], "answer": None})
+    names = ("aime24", "amc23", "math500", "olympiadbench")
+    done = prepare("prepare_benchmarks.py", *names, "--raw", raw, "--output", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    written = {name: load_problems(tmp_path / "out" / f"{name}.jsonl") for name in names}
+    assert written == {
+        "aime24": [Problem("a", "204")],
+        "amc23": [Problem("b", "27.0")],
+        "math500": [Problem("d", "x", "5", "Algebra")],
+        "olympiadbench": [Problem("e", ("2", "3"))],
+    }
+    assert "math500.jsonl: 1 problems (published: 500)" in done.stdout
+    assert f"left out, as it has no answer: {raw / 'amc23'}.jsonl:2" in done.stdout
+
+    missing = prepare("prepare_benchmarks.py", "--raw", raw, "--output", tmp_path / "all")  # no minerva.jsonl there
+    assert missing.returncode == 2 and "aime25.jsonl: no such file" in missing.stderr
+    assert not (tmp_path / "all").exists()
+    unknown = prepare("prepare_benchmarks.py", "aime", "--raw", raw, "--output", tmp_path / "all")
+    assert unknown.returncode == 2 and "no benchmark 'aime'; there are: aime24" in unknown.stderr
+    again = prepare("prepare_benchmarks.py", "aime24", "--raw", raw, "--output", tmp_path / "out")
+    assert again.returncode == 2 and "aime24.jsonl: is already there" in again.stderr

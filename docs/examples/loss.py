@@ -1,24 +1,20 @@
-"""A loss of your own: GSPO (Zheng et al. 2025, arXiv:2507.18071), whose ratio is that of whole sequences.
+"""A loss of your own: TOPR, tapered off-policy REINFORCE (Le Roux et al. 2025, arXiv:2503.14286).
 
-training.loss_type=docs/examples/loss.py:gspo
+training.loss_type=docs/examples/loss.py:topr
 """
 
 import torch
 
 
-def gspo(inputs, training):
-    """-min(s A, clip(s, 1 - `cliprange`, 1 + `cliprange`) A) on every token of a sequence: the paper's equation 5.
+def topr(inputs, training):
+    """-w A log pi: w is 1 where A >= 0, and else the response's probability over its old one, at most 1.
 
-    s is the geometric mean of the sequence's token ratios, so its log is their log-ratios' mean.
+    A response that did worse than its group is pushed down less and less as its probability falls.
     """
-    mask, policy = inputs.response_mask, inputs.policy_log_probs
-    old = policy.detach() if inputs.old_log_probs is None else inputs.old_log_probs
-    log_ratio = torch.where(mask, policy - old, 0.0).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
-    ratio, advantages = torch.exp(log_ratio)[:, None], inputs.advantages[:, None]
-    unclipped = ratio * advantages
-    clipped = ratio.clamp(1 - training.cliprange, 1 + training.cliprange) * advantages
-    shape = policy.shape
-    return -torch.minimum(unclipped, clipped).expand(shape), {"clipped": (clipped < unclipped).detach().expand(shape)}
+    log_ratio = inputs.policy_log_probs.detach() - inputs.trainer_old_log_probs
+    log_ratio = torch.where(inputs.response_mask, log_ratio, 0.0).sum(dim=1)
+    weights = torch.where(inputs.advantages >= 0, 1.0, torch.exp(log_ratio).clamp(max=1.0))
+    return -(weights * inputs.advantages)[:, None] * inputs.policy_log_probs
 
 
-gspo.weighs_by = "advantages"  # rollouts whose advantage is 0 have no gradient, so they may be left out
+topr.weighs_by = "advantages"  # rollouts whose advantage is 0 have no gradient, so they may be left out

@@ -163,10 +163,26 @@ def test_the_command(tmp_path: Path, data: Path, tiny_model_dir: Path) -> None:
     assert again.returncode == 2 and "already holds something; choose another folder" in again.stderr
 
 
+@pytest.mark.slow
+def test_epochs_are_steps_over_the_data(tmp_path: Path, data: Path, tiny_model_dir: Path) -> None:
+    common = ("--model", tiny_model_dir, "--data", data, "--batch-size", 4, "--device", "cpu")
+    n_rows = len(data.read_text().splitlines())
+    done = sft(*common, "--output", tmp_path / "out", "--epochs", 1.5)
+    assert done.returncode == 0, done.stderr
+    metrics = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert len(metrics) == -(-3 * n_rows // 8)
+    assert json.loads((tmp_path / "out" / "options.json").read_text())["epochs"] == 1.5
+    for wrong in (("--epochs", 0), ("--epochs", 1, "--steps", 2), ()):
+        assert sft(*common, "--output", tmp_path / "other", *wrong).returncode == 2
+    too_late = sft(*common, "--output", tmp_path / "other", "--epochs", 1, "--save-at", 1000)
+    assert "--save-at 1000 is not one of the" in too_late.stderr
+    assert not (tmp_path / "other").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        (("--save-at", 11), "--save-at 11 is not one of the 10 --steps"),
+        (("--save-at", 11), "--save-at 11 is not one of the 10 steps"),
         (("--gradient-accumulation-steps", 3), "--batch-size 4 does not divide into --gradient-accumulation-steps 3"),
         (("--learning-rate", 0), "--learning-rate 0.0 should be above 0"),
         (("--batch-size", 0), "--batch-size 0 should be 1 or more"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -78,6 +79,15 @@ def test_a_start_without_any_signal_is_a_warning_that_says_why() -> None:
     assert "3 without `</think> <answer>` and `</answer>`, which r1_zero looks for; 1 ran into max_tokens" in warning
     assert look(RIGHT, BARE).warning() is None
     assert "the rewards within each are equal" in look(RIGHT, RIGHT).warning()
+
+
+def test_without_a_baseline_any_reward_is_a_signal() -> None:
+    seen = look(RIGHT, RIGHT, BARE, BARE)
+    assert seen.n_groups_with_signal == 0
+    raw = dataclasses.replace(seen, training=Training(group_size=2, loss_type="no_baseline"))
+    assert raw.n_groups_with_signal == 1
+    alone = dataclasses.replace(raw, training=Training(group_size=1, loss_type="no_baseline"))
+    assert (alone.n_groups_with_signal, alone.warning()) == (2, None)
 
 
 def test_two_responses_in_full_one_of_each_kind() -> None:

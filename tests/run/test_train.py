@@ -221,7 +221,7 @@ def test_an_interrupt_while_torch_is_imported_has_nothing_to_save(tiny_model_dir
 def test_a_resume_says_what_it_found() -> None:
     folder = Path("runs/a")
     assert what_resume_found(folder, 0, 8) == "no checkpoint in runs/a yet: starting from the beginning"
-    assert "runs/a held NO RUN, so a new one starts there" in what_resume_found(folder, 0, 8, held_run=False)
+    assert "runs/a held NO RUN: a new one starts from the beginning" in what_resume_found(folder, 0, 8, held_run=False)
     assert what_resume_found(folder, 3, 8) == "resuming after GRPO step 3 of 8"
     done = what_resume_found(folder, 8, 8)
     assert done.startswith("runs/a holds a run that has done 8 of 8 GRPO steps: nothing is left to train")

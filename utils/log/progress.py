@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Self
 
 from rich import get_console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
+LINE_INTERVAL = 60.0  # seconds between lines about generation where there is no terminal to draw a bar on
 DELAY = 2.0  # seconds of generation without a bar: a shorter one would only flicker
 
 
@@ -37,6 +39,11 @@ class ProgressBar:
         self._task = self._progress.add_task(label, total=total, completed=completed)
         self._appears_at, self._started = time.monotonic() + delay, False
         self.advance(0)
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether there is a terminal to draw the bar on."""
+        return self._console.is_terminal
 
     def advance(self, count: int = 1) -> None:
         """Call it when `count` more are done."""
@@ -68,6 +75,22 @@ class ProgressBar:
 
 @contextlib.contextmanager
 def progress_bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Yields advance(n): call it when n more are done. The bar appears after `DELAY` and vanishes at the end."""
+    """Yields advance(n): call it when n more are done. The bar appears after `DELAY` and vanishes at the end.
+
+    Without a terminal, as in a log, a line per `LINE_INTERVAL` tells how far it is.
+    """
     with ProgressBar(label, total, delay=DELAY) as bar:
-        yield bar.advance
+        done, started = 0, time.monotonic()
+        told = started
+
+        def advance(count: int) -> None:
+            nonlocal done, told
+            done += count
+            bar.advance(count)
+            now = time.monotonic()
+            if not bar.is_drawn and done < total and now >= told + LINE_INTERVAL:
+                told = now
+                left = timedelta(seconds=round((now - started) / done * (total - done)))
+                bar.line(f"{label} {done:,} of {total:,}  left {left}")
+
+        yield advance

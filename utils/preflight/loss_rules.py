@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from configs.defaults import Training
+from utils.own_code import is_own
 
 Rule = tuple[tuple[str, ...], bool, str]  # fields, whether they contradict each other, the remedy
 
@@ -19,7 +20,7 @@ def loss_rules(t: Training) -> Iterator[Rule]:
     for name in ("cliprange_high", "dual_clip"):
         yield (
             (f"training.{name}", "training.loss_type"),
-            getattr(t, name) is not None and t.loss_type not in CLIPPED_LOSSES,
+            getattr(t, name) is not None and t.loss_type not in CLIPPED_LOSSES and not is_own(t.loss_type),
             f"that loss has no clip; set {name} to null, or loss_type to {' or '.join(CLIPPED_LOSSES)}",
         )
     yield (

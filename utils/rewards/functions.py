@@ -6,7 +6,7 @@ to a total: list it under `extra_rewards` with a weight.
 
 A function may say what it looks for, in an attribute `needs`: texts that a response must hold to earn a reward, each as
 a tuple of alternatives. `(("<answer>",), ("####", "="))` is `<answer>`, and `####` or `=`. It changes no reward; a look
-at responses counts them, to tell why rewards are 0.
+at responses counts them, to tell why rewards are 0. `extract`, if it has one, finds the answer in a response's text.
 
 A response's text holds no end token: engines decode without special tokens. What was sampled is in a rollout's ids.
 """
@@ -74,7 +74,7 @@ def graded(extract: Callable[[str], str | None], needs: Needs) -> RewardFn:
             rewards[i] = Reward(format=1.0, answer=float(right), total=float(right))
         return rewards
 
-    reward_fn.needs = needs
+    reward_fn.needs, reward_fn.extract = needs, extract
     return reward_fn
 
 

@@ -228,7 +228,7 @@ def what_resume_found(output_dir: Path, grpo_step: int, n_grpo_steps: int, held_
     """A line about where the run in the folder stood."""
     if grpo_step == 0:
         if not held_run:
-            return f"--resume: {output_dir} held NO RUN, so a new one starts there; check paths.output_dir"
+            return f"--resume: {output_dir} held NO RUN: a new one starts from the beginning; check paths.output_dir"
         return f"no checkpoint in {output_dir} yet: starting from the beginning"
     if grpo_step < n_grpo_steps:
         return f"resuming after GRPO step {grpo_step} of {n_grpo_steps}"

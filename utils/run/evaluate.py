@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from utils.records import Prompt, Reward, Rollout, RolloutEngine
@@ -54,6 +55,23 @@ def pass_at_k(n: int, n_right: int, k: int) -> float:
     if not 1 <= k <= n:
         raise ValueError(f"pass@{k} needs at least {k} samples per problem, there are {n}")
     return 1.0 - math.comb(n - n_right, k) / math.comb(n, k)
+
+
+def maj_at_k(answers: Sequence[str | None], right: Sequence[bool], k: int) -> float:
+    """How often the answer that most of k samples give is right, over all blocks of k in a row.
+
+    All right answers are one candidate; wrong ones are the same if they differ in white space at most. A sample without
+    an answer (None) has no vote. Among candidates with equally many votes each is taken with equal chance.
+    """
+    if not 1 <= k <= len(answers):
+        raise ValueError(f"maj@{k} needs at least {k} samples per problem, there are {len(answers)}")
+    shares = []
+    for i in range(0, len(answers) - k + 1, k):
+        block = zip(answers[i : i + k], right[i : i + k], strict=True)
+        votes = Counter(None if is_right else "".join(text.split()) for text, is_right in block if text is not None)
+        winners = [candidate for candidate, count in votes.items() if count == max(votes.values())]
+        shares.append((None in winners) / len(winners) if winners else 0.0)
+    return mean(shares)
 
 
 def mean(values: Sequence[float]) -> float:

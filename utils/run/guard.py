@@ -271,8 +271,9 @@ class Advisor(Watcher):
         before, after = statistics.median(first), statistics.median(recent)
         if after < SAMPLER_KL_FLOOR or after < SAMPLER_KL_GROWTH * before:
             return None
+        how = "" if self.training.rollout_engine == "transformers" else " (vllm.dtype)"
         return (
             f"the engine samples further and further from the trainer's policy: {SAMPLER_KL} {after:.2g}, at first "
-            f"{before:.2g}. Check that weights are pushed after every step; compute in the same dtype on both sides "
-            "(vllm.dtype), or in float32; a lower learning rate slows it"
+            f"{before:.2g}. Check that weights are pushed after every step; compute in the same dtype on both sides"
+            f"{how}, or in float32; a lower learning rate slows it"
         )

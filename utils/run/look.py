@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from configs.defaults import Training
 from utils.log.terminal import visible
+from utils.preflight.loss_rules import LOSSES_WITHOUT_BASELINE
 from utils.problems import fixed_subset
 from utils.records import Prompt, Reward, Rollout, RolloutEngine
 from utils.rewards.functions import RewardScorer
@@ -34,8 +35,11 @@ class Look:
 
     @property
     def n_groups_with_signal(self) -> int:
-        """Groups whose rewards differ: only these have advantages other than 0."""
-        return sum(len({reward.total for reward in group}) > 1 for group in self.groups)
+        """Groups whose rewards differ: only these have advantages other than 0. Of a loss that reads raw rewards, and
+        of groups of 1, those with a reward other than 0."""
+        raw = self.training.loss_type in LOSSES_WITHOUT_BASELINE or self.training.group_size == 1
+        values = [{reward.total for reward in group} for group in self.groups]
+        return sum(found != {0.0} if raw else len(found) > 1 for found in values)
 
     def warning(self) -> str | None:
         """What should be known before a step is taken: no group that was looked at could teach anything."""

@@ -76,6 +76,7 @@ class Run:
     def end(self, status: Status) -> Status:
         """Say how the run ended, where what it made is, and what to do next; closes the log."""
         t, output_dir = self.config.training, Path(self.config.paths.output_dir)
+        narrow = "" if t.dtype == "float32" else "too narrow a dtype (try training.dtype=float32), "
         name, detail = {
             Status.ERROR: ("failed", f"the last steps are on no disk: {self.checkpoints.failure}"),
             Status.FINISHED: ("finished", f"all {t.n_grpo_steps} GRPO steps are done"),
@@ -91,7 +92,7 @@ class Run:
             Status.NONFINITE: (
                 "failed",
                 f"{self.state.skipped_in_a_row} optimizer steps in a row were NaN or infinite; the usual causes are "
-                "too high a learning rate, too narrow a dtype (try training.dtype=float32), a broken checkpoint",
+                f"too high a learning rate, {narrow}a broken checkpoint",
             ),
         }[status]
         if self.state.evaluated_step is not None:
