@@ -1,6 +1,7 @@
 # make quickstart   train a tiny model with GRPO and draw its reward curve (no GPU, no downloads of weights or data)
 # make test         run the tests
 # make lint         run the linter
+# make gpu-report   on a GPU: run its tests, measure a step, and write results/gpu/<card>/ (no downloads of weights or data)
 # make setup        make the virtual environment, and nothing else
 # make clean        remove it, and what building left
 #
@@ -16,7 +17,7 @@ INSTALL := $(BIN)/pip install $(if $(shell test -t 2 && echo terminal),,--quiet)
 
 $(if $(filter $(BUILD),cpu gpu),,$(error BUILD=$(BUILD): choose cpu or gpu))
 
-.PHONY: quickstart test lint setup clean
+.PHONY: quickstart test lint gpu-report setup clean
 
 quickstart: $(READY)
 	$(BIN)/python play-scripts/make_tiny.py
@@ -28,6 +29,9 @@ test: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+gpu-report: $(READY)
+	$(BIN)/python play-scripts/bench/gpu_report.py $(ARGS)
 
 setup: $(READY)
 
