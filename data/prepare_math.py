@@ -46,15 +46,15 @@ def prepare(options: argparse.Namespace) -> None:
 
 
 def raw_rows(folder: Path, split: str) -> Rows:
-    """The rows of a split's JSONL file, or of its folder of one JSON file a problem, by subject and number."""
+    """The rows of a split's JSONL file, or of its folder with one JSON file per problem, by subject and number."""
     names = JSONL_NAMES[split]
-    found = [folder / name for name in names if (folder / name).is_file()]
-    if len(found) > 1:
+    jsonl_files = [folder / name for name in names if (folder / name).is_file()]
+    if len(jsonl_files) > 1:
         raise ValueError(
             f"{folder} holds {' and '.join(names)}: which is to be the validation set? Move the other away"
         )
-    if found:
-        return [(f"{found[0]}:{line_number}", row) for line_number, row in read_rows(found[0])]
+    if jsonl_files:
+        return [(f"{jsonl_files[0]}:{line_number}", row) for line_number, row in read_rows(jsonl_files[0])]
     files = sorted((folder / split).glob("*/*.json"), key=lambda file: (file.parent.name, len(file.stem), file.stem))
     if not files:
         inside = sorted({str(place.parent) for name in (split, *names) for place in folder.glob(f"*/{name}")})

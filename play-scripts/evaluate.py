@@ -57,7 +57,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="checkpoint folder or hub name")
     parser.add_argument("--config", action="append", default=[], metavar="FILE", help="YAML file; later files win")
-    parser.add_argument("--samples", type=int, default=4, metavar="N", help="responses a problem; 0: greedy only")
+    parser.add_argument("--samples", type=int, default=4, metavar="N", help="responses per problem; 0: greedy only")
     parser.add_argument("--no-greedy", dest="greedy", action="store_false", help="leave out the greedy round")
     parser.add_argument("--output", metavar="FILE", help="write the figures as JSON")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="change a field of the config")
@@ -95,17 +95,18 @@ def checkpoint_config(options: argparse.Namespace) -> Config:
 
 
 def evaluate_checkpoint(config: Config, n_samples: int, greedy: bool) -> dict[str, tuple[list, list, int]]:
-    """Sample: {"greedy" or "sampled": (rollouts, rewards, responses a problem)}."""
+    """Sample: {"greedy" or "sampled": (rollouts, rewards, responses per problem)}."""
     from utils.algorithm.policy import load_policy, load_tokenizer
     from utils.engines import build_engine
     from utils.problems import fixed_subset
     from utils.rewards.functions import RewardScorer
     from utils.rewards.grader import Grader
-    from utils.run.build import load_prompts
+    from utils.run.build import load_prompts, try_own_code
     from utils.run.evaluate import evaluate
     from utils.seeding import derive_seed
 
     t = config.training
+    try_own_code(config)
     tokenizer = load_tokenizer(config.paths.model_path)
     prompts, notes = load_prompts(config, config.paths.val_data_file, tokenizer)
     print("\n".join(notes), end="\n" if notes else "")
@@ -129,7 +130,7 @@ def evaluate_checkpoint(config: Config, n_samples: int, greedy: bool) -> dict[st
 
 
 def summarize(rollouts: list, rewards: list, n: int) -> dict:
-    """The figures of one round of n responses a problem."""
+    """The figures of one round of n responses per problem."""
     from utils.run.evaluate import mean, pass_at_k, response_metrics, standard_error
 
     groups = [rewards[i : i + n] for i in range(0, len(rewards), n)]
@@ -144,7 +145,7 @@ def summarize(rollouts: list, rewards: list, n: int) -> dict:
                 by_value[label].append(value)
     return {
         "problems": len(groups),
-        "responses_a_problem": n,
+        "responses_per_problem": n,
         **response_metrics(rollouts, rewards),
         "reward_std_error": standard_error(per_problem),
         "pass_at_k": {str(k): mean([pass_at_k(n, right, k) for right in n_right]) for k in ks},
@@ -167,7 +168,9 @@ def show(summary: dict) -> None:
     table = Table(title=f"{summary['checkpoint']} on {summary['data']}")
     table.add_column("")
     for name, figures in rounds.items():
-        each = f"{figures['responses_a_problem']} responses a problem" if figures["responses_a_problem"] > 1 else ""
+        each = (
+            f"{figures['responses_per_problem']} responses per problem" if figures["responses_per_problem"] > 1 else ""
+        )
         table.add_column(f"{name}\n{each}".strip(), justify="right")
 
     def row(label: str, cell: object) -> None:

@@ -47,8 +47,6 @@ STYLES = {"failed": "red", "collapsed": "yellow", "running": "dim"}
 class Stop(SignalHandler):
     """Counts the signals that ask for an end; the runs are sent SIGINT as often: once to save, twice to end at once."""
 
-    SIGNALS = (*SignalHandler.SIGNALS, signal.SIGHUP)
-
     def __init__(self) -> None:
         self.count = self.sent = 0
 

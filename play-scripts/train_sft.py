@@ -25,6 +25,7 @@ from configs.defaults import Training
 from utils.log.files import METRICS_FILE, encode_row, whole_folder
 from utils.log.output import unwritable
 from utils.log.progress import ProgressBar
+from utils.preflight.hub import unavailable
 from utils.preflight.model_files import is_local
 from utils.problems import load_demonstrations
 from utils.run.ending import Status
@@ -108,6 +109,8 @@ def check_options(options: argparse.Namespace, output: Path) -> None:
         raise ValueError(f"--output {output}: {reason}")
     if is_local(options.model) and not (Path(options.model) / "config.json").is_file():
         raise ValueError(f"--model {options.model}: no config.json there; give a checkpoint folder or a hub name")
+    if not is_local(options.model) and (reason := unavailable(options.model)) is not None:
+        raise ValueError(f"--model {options.model}: {reason}")
     for name in ("steps", "batch_size", "gradient_accumulation_steps", "max_tokens"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)} should be 1 or more")
@@ -139,7 +142,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--steps", type=int, required=True, help="optimizer steps, the last of which is saved as `final`")
     add("--save-at", type=int, nargs="+", default=[], metavar="STEP", help="also save after these steps")
     add("--batch-size", type=int, default=64, help="demonstrations an optimizer step (64)")
-    add("--gradient-accumulation-steps", type=int, default=1, help="microbatches a step; more take less memory (1)")
+    add("--gradient-accumulation-steps", type=int, default=1, help="microbatches per step; more take less memory (1)")
     add("--learning-rate", type=float, default=1e-5, help="AdamW's learning rate, at its highest (1e-5)")
     add("--schedule", choices=SCHEDULES, default="constant", help="the learning rate after its warm-up (constant)")
     add("--warmup-steps", type=int, default=0, help="steps in which the learning rate rises from 0 (0)")

@@ -1,9 +1,10 @@
-"""Look at what a run's model wrote: page through the logged rollouts, or write them as one HTML page.
+"""Look at what a run's model wrote, group by group: on the terminal, or as one HTML page.
 
-    python play-scripts/view_rollouts.py runs/quickstart --split eval --step 40-100 --max-reward 0
+    python play-scripts/view_rollouts.py runs/quickstart --split train --step 40-100
     python play-scripts/view_rollouts.py runs/quickstart --html rollouts.html
 
-The page needs no network: it shows a map of problems by GRPO steps, and every response of a problem in turn.
+A group is a question with all its responses, rewards and advantages side by side. On a terminal, n and p go to the next
+and the previous group, w to the next with a wrong answer, f shows its whole prompt, q ends. The page needs no network.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import hashlib
 import html
 import json
 import math
-import os
 import re
 import string
 import sys
@@ -22,15 +22,16 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.text import Text
+from rollout_screen import browse, folded, group_parts, groups_of
 
-from utils.log.files import ROLLOUTS_FILE, Row, read_rows
+from utils.log.files import METRICS_FILE, ROLLOUTS_FILE, Row, is_evaluation, read_rows, step_of
 from utils.log.output import unwritable
 
 PAGE = Path(__file__).with_name("rollout_page.html")
 FIELDS = {
     "split": str,
     "grpo_step": int,
+    "group": int,
     "index": int,
     "question": str,
     "prompt": str,
@@ -52,6 +53,7 @@ def load_rollouts(run: Path) -> tuple[list[Row], list[str]]:
         inside = sorted(str(found.parent) for found in run.rglob(ROLLOUTS_FILE)) if run.is_dir() else []
         raise ValueError(f"{path}: no such file" + (f"; runs in it: {', '.join(inside)}" if inside else ""))
     rows, complaints = read_rows(path)
+    rows = [({"group": row["index"]} if "index" in row else {}) | row for row in rows]  # older runs have no groups
     lacking = [[name for name, kind in FIELDS.items() if not isinstance(row.get(name, ...), kind)] for row in rows]
     n_lacking = sum(map(bool, lacking))
     if n_lacking:
@@ -84,33 +86,24 @@ def select(rollouts: Iterable[Row], arguments: argparse.Namespace) -> list[Row]:
     ]
 
 
-def visible(text: str) -> str:
-    """Text with every character that a terminal might obey, or that can't be seen, written as an escape."""
-    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+def whole_means(run: Path) -> dict[str, dict[int, Row]]:
+    """{split: {step: {metric: value}}} of all the responses of a run, of which only a few are logged."""
+    path = (run.parent if run.is_file() else run) / METRICS_FILE
+    means: dict[str, dict[int, Row]] = {"eval": {}, "train": {}}
+    for row in read_rows(path)[0] if path.exists() else []:
+        split = "eval" if is_evaluation(row) else "train"
+        values = {name: row.get(f"{split}/{name}") for name in ("reward", "mean_response_length")}
+        means[split][step_of(row)] = {name: value for name, value in values.items() if isinstance(value, int | float)}
+    return means
 
 
-def describe(rollout: Row) -> Text:
-    """One rollout for the terminal."""
-    colour = "green" if rollout["answer_reward"] > 0 else "yellow" if rollout["format_reward"] > 0 else "red"
-    advantage = "" if rollout["advantage"] is None else f"  advantage {rollout['advantage']:+.3f}"
-    truth = rollout["truth"] if isinstance(rollout["truth"], str) else " or ".join(map(str, rollout["truth"]))
-    rewards = f"reward {rollout['reward']:g} (format {rollout['format_reward']:g}, answer {rollout['answer_reward']:g})"
-    length = f"{rollout['response_length']} tokens" + (", truncated" if rollout["finish_reason"] == "length" else "")
-    heading = f"{rollout['split']}  step {rollout['grpo_step']}  #{rollout['index']}  {rewards}{advantage}  {length}"
-    return Text.assemble(
-        (visible(heading) + "\n", f"bold reverse {colour}"),
-        (visible(rollout["prompt"]) + "\n", "dim"),
-        (visible(rollout["response"]) + "\n", colour),
-        ("truth: ", "bold"),
-        visible(truth) + "\n",
-    )
-
-
-def page(rollouts: Sequence[Row], title: str) -> str:
+def page(rollouts: Sequence[Row], title: str, means: dict[str, dict[int, Row]]) -> str:
     """All rollouts as one HTML page that loads nothing, and in which only its own script can run."""
     template = PAGE.read_text(encoding="utf-8")
     known = [{name: row[name] for name in FIELDS} for row in rollouts]
-    data = json.dumps(known).replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+    data = json.dumps({"rollouts": known, "run": means})
+    for character in "&<>":
+        data = data.replace(character, f"\\u{ord(character):04x}")
     filled = string.Template(template).substitute(title=html.escape(title), data=data, policy="$policy")
     script, style = (re.search(rf"<{tag}>(.*?)</{tag}>", filled, re.DOTALL)[1] for tag in ("script", "style"))
     policy = f"default-src 'none'; script-src '{_digest(script)}'; style-src '{_digest(style)}'"
@@ -124,7 +117,7 @@ def _digest(text: str) -> str:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a run folder, or its rollouts.jsonl")
-    parser.add_argument("--split", choices=["train", "eval", "nonfinite"], help="only these")
+    parser.add_argument("--split", help="only these: train, eval, nonfinite")
     parser.add_argument("--step", type=step_range, default=(0, sys.maxsize), metavar="K or K-L", help="GRPO steps")
     parser.add_argument("--min-reward", type=float, default=-math.inf, metavar="R")
     parser.add_argument("--max-reward", type=float, default=math.inf, metavar="R")
@@ -152,17 +145,18 @@ def main() -> int:
         return 2
     if arguments.html:
         arguments.html.parent.mkdir(parents=True, exist_ok=True)
-        arguments.html.write_text(page(chosen, f"Rollouts of {arguments.run}"), encoding="utf-8")
+        text = page(chosen, f"Rollouts of {arguments.run}", whole_means(arguments.run))
+        arguments.html.write_text(text, encoding="utf-8")
         print(arguments.html)
         return 0
+    groups = groups_of(chosen)
+    if sys.stdout.isatty() and sys.stdin.isatty():
+        browse(groups)
+        return 0
     console = Console(highlight=False)
-    os.environ.setdefault("LESS", "-R")  # colours, not their codes
-    text = Text("\n").join(map(describe, chosen))
-    if console.is_terminal:
-        with console.pager(styles=True):
-            console.print(text)
-    else:
-        console.print(text, soft_wrap=True)
+    for i, (group, fold) in enumerate(zip(groups, folded(groups), strict=True), 1):
+        for part in group_parts(group, f"{i} of {len(groups)}", fold, columns=1):
+            console.print(part, soft_wrap=True)
     return 0
 
 

@@ -12,10 +12,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import settings
 
 from utils import tiny
@@ -28,43 +30,59 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 torch.set_num_threads(1)
 
 
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """A folder that `make` fills, once for all processes of pytest-xdist. Treat it as read-only."""
+    base = factory.getbasetemp()
+    root = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder, done = root / name, root / f"{name}.done"
+    with FileLock(root / f"{name}.lock"):
+        if not done.exists():
+            folder.mkdir()
+            make(folder)
+            done.touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a randomly initialised tiny Qwen2 checkpoint (float32) and its tokenizer. Treat it as read-only."""
-    folder = tmp_path_factory.mktemp("tiny") / "model"
-    tiny.build_model(seed=0).save_pretrained(folder)
-    tiny.build_tokenizer().save_pretrained(folder)
-    return folder
+    """A folder with a randomly initialised tiny Qwen2 checkpoint (float32) and its tokenizer."""
+
+    def make(folder: Path) -> None:
+        tiny.build_model(seed=0).save_pretrained(folder)
+        tiny.build_tokenizer().save_pretrained(folder)
+
+    return made_once(tmp_path_factory, "tiny_model", make)
 
 
 @pytest.fixture(scope="session")
 def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as play-scripts/make_tiny.py makes it. Treat it as read-only."""
-    folder = tmp_path_factory.mktemp("world") / "tiny"
+    """A folder as play-scripts/make_tiny.py makes it."""
     script = Path(__file__).parents[1] / "play-scripts" / "make_tiny.py"
-    subprocess.run([sys.executable, str(script), "--output", str(folder)], check=True)
-    return folder
+
+    def make(folder: Path) -> None:
+        subprocess.run([sys.executable, str(script), "--output", str(folder)], check=True)
+
+    return made_once(tmp_path_factory, "tiny_world", make)
 
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with all that the runs of run_cases.py read. Treat it as read-only."""
+    """A folder with all that the runs of run_cases.py read."""
     from run_cases import make_world
 
-    folder = tmp_path_factory.mktemp("world")
-    make_world(folder)
-    return folder
+    return made_once(tmp_path_factory, "world", make_world)
 
 
 @pytest.fixture(scope="session")
 def reference(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output of a run of run_cases.py that nothing disturbed. Treat it as read-only."""
+    """The output of a run of run_cases.py that nothing disturbed."""
     from run_cases import N_STEPS, arguments, finish, trained_steps
 
-    output = tmp_path_factory.mktemp("reference") / "run"
-    assert finish(arguments(world, output)) == 0
-    assert trained_steps(output) == list(range(1, N_STEPS + 1))
-    return output
+    def make(folder: Path) -> None:
+        assert finish(arguments(world, folder / "run")) == 0
+        assert trained_steps(folder / "run") == list(range(1, N_STEPS + 1))
+
+    return made_once(tmp_path_factory, "reference", make) / "run"
 
 
 @pytest.fixture(scope="session")

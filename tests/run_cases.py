@@ -40,7 +40,7 @@ def make_world(folder: Path) -> None:
     tokenizer.save_pretrained(folder / "model")
 
 
-# Two epochs of two minibatches of two microbatches: eight microbatches and four optimizer steps a GRPO step.
+# Two epochs of two minibatches of two microbatches: eight microbatches and four optimizer steps per GRPO step.
 OPTIONS = f"""
 training.device=cpu training.dtype=float32 training.rollout_engine=transformers training.use_bnb_adamw8bit=false
 training.use_gradient_checkpointing=false training.use_vllm_sleep_mode=false training.try_longest_microbatch=false

@@ -131,7 +131,7 @@ def test_validation_that_is_trained_on_is_counted() -> None:
     apart = [Problem("What is 9 + 1?", "10")]
     assert notes_on_data(train, apart, prompts_per_step=8) == []
     (note,) = notes_on_data(train, [*apart, train[3], Problem(" What is  4 + 1?\n", "5")], prompts_per_step=8)
-    assert note.startswith("2 of 3 validation problems are also in the training data")
+    assert "also in the training data: 2 of 3" in note
 
 
 def test_fewer_problems_than_a_step_has_prompts_are_told() -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from configs.defaults import Training
+from utils.algorithm.advantages import compute_advantages
 from utils.algorithm.batch import TrainBatch, make_train_batch
-from utils.algorithm.losses import group_advantages
 from utils.algorithm.policy import build_optimizer, load_policy
 from utils.records import Problem, Prompt, Rollout
 from utils.run.checkpoint import Checkpoints, TrainState
@@ -32,7 +32,7 @@ def make_batch(
         prompt = Prompt(Problem("?", "1"), "", draw(2 + i % 3))
         rollouts.append(Rollout(prompt, "", draw(length), (-1.0,) * length, "stop"))
     raw = torch.tensor(rewards, dtype=torch.float32)
-    return make_train_batch(rollouts, raw, group_advantages(raw, ON_POLICY), pad_id)
+    return make_train_batch(rollouts, raw, compute_advantages(raw, ON_POLICY), pad_id=pad_id)
 
 
 def assert_resumes_exactly(model_dir: Path, folder: Path, training: Training) -> None:

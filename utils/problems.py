@@ -1,4 +1,4 @@
-"""Data files and prompt templates become problems and prompts; streams and subsets of them are drawn by seed.
+"""From data files and prompt templates to problems and prompts, and the streams and subsets drawn from them by seed.
 
 `load_problems`, `read_problems`, `save_problems`, `load_template`, `build_prompts`, `notes_on_data`, `fixed_subset`,
 `ProblemStream`.
@@ -32,7 +32,7 @@ MAX_SHARE_WITHOUT_ANSWER = 0.01
 
 
 def load_problems(path: str | Path) -> list[Problem]:
-    """The problems of `read_problems`, with a logged warning where it left rows out."""
+    """The problems of `read_problems`. A warning is logged if rows were left out."""
     problems, without_answer = read_problems(path)
     if without_answer:
         lines = ", ".join(map(str, without_answer))
@@ -41,12 +41,12 @@ def load_problems(path: str | Path) -> list[Problem]:
 
 
 def read_problems(path: str | Path) -> tuple[list[Problem], list[int]]:
-    """Read a JSONL file of problems: `problem` or `question`, `answer`, and where known `level` and `subject`.
+    """Read a JSONL file of problems: `problem` or `question`, `answer`, and if known `level` and `subject`.
 
     An answer is a string, a number, or a list of either, any of which is right. GSM8K's worked answers are cut to what
-    follows `####`, without thousands commas. Blank lines are no rows. Rows whose answer is empty can't be scored: up
-    to one in a hundred they are left out, and their lines returned. Raises ValueError with file and line for every
-    other bad row, and for a file without a problem.
+    follows `####`, without thousands commas. Blank lines are skipped. Rows with an empty answer can't be scored: if
+    they are at most one in a hundred, they are left out and their line numbers are returned. Raises ValueError with
+    file and line for every other bad row, and for a file without problems.
     """
     problems, without_answer = [], []
     for line_number, row in read_rows(path):
@@ -59,7 +59,7 @@ def read_problems(path: str | Path) -> tuple[list[Problem], list[int]]:
         else:
             problems.append(problem)
     if not problems and not without_answer:
-        raise ValueError(f"{path}: the file is empty; expected one JSON object a line with `problem` and `answer`")
+        raise ValueError(f"{path}: the file is empty; expected one JSON object per line with `problem` and `answer`")
     if len(without_answer) > MAX_SHARE_WITHOUT_ANSWER * (len(problems) + len(without_answer)):
         others = f", and so are {len(without_answer) - 1} more" if without_answer[1:] else ""
         raise ValueError(f"{path}:{without_answer[0]}: `answer` is empty{others}; give it an answer or delete the row")
@@ -69,10 +69,10 @@ def read_problems(path: str | Path) -> tuple[list[Problem], list[int]]:
 def read_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """The rows of a JSONL file with their line numbers; numbers stay strings, spelled as in the file.
 
-    Raises ValueError where there is no such file, and with file and line where a line is not a JSON object.
+    Raises ValueError if there is no such file, and with file and line for a line that is not a JSON object.
     """
     if not Path(path).is_file():
-        raise ValueError(f"{path}: no such file; expected JSONL, one JSON object a line")
+        raise ValueError(f"{path}: no such file; expected JSONL, one JSON object per line")
     with Path(path).open("rb") as file:
         for line_number, line in enumerate(file, start=1):
             if not line.strip():
@@ -94,7 +94,7 @@ def parse_json(text: bytes, place: str, **options: Any) -> Any:
 
 
 def problem_from_row(row: dict[str, Any]) -> Problem | None:
-    """One row as a Problem, or None where all that it lacks is an answer in an `answer` field that is there."""
+    """One row as a Problem, or None if its `answer` field is empty. Raises ValueError for any other fault."""
     key = "problem" if "problem" in row else "question"
     for needed in (key, "answer"):
         if needed not in row:
@@ -125,7 +125,7 @@ def _text(key: str, value: Any) -> str:
 
 
 def _answer(text: str) -> str:
-    """The ground truth in an answer field: what follows GSM8K's mark, where it has one."""
+    """The ground truth in an answer field: what follows GSM8K's mark, or everything if there is no mark."""
     if GSM8K_MARK not in text:
         return text.strip()
     final = text.rpartition(GSM8K_MARK)[2].strip()
@@ -141,10 +141,10 @@ def save_problems(path: str | Path, problems: Iterable[Problem]) -> None:
 
 
 def load_template(path: str | Path) -> str:
-    """Read a prompt template: the whole file but one newline at its end, which editors add.
+    """Read a prompt template: the whole file, without the one newline at its end that editors add.
 
-    Raises ValueError where there is no such file or it doesn't hold `{question}` exactly once. All other braces are
-    plain text.
+    All braces but those of `{question}` are plain text. Raises ValueError if there is no such file, or if it doesn't
+    hold `{question}` exactly once.
     """
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such prompt template")
@@ -165,12 +165,13 @@ def build_prompts(
     use_chat_template: bool = False,
     system_prompt: str = "",
 ) -> tuple[list[Prompt], int]:
-    """Put every problem into the template and tokenize it, once and for all; returns the prompts and how many too long
-    ones (above `max_prompt_tokens`) were left out.
+    """Put every problem into the template and tokenize it, once and for all.
+
+    Returns the prompts, and how many were left out because they have more than `max_prompt_tokens` tokens.
 
     The tokenizer adds its beginning token if it is one that does. With `use_chat_template` the filled template is the
-    user's message, after `system_prompt` where there is one, and the chat template alone decides about special tokens.
-    Raises ValueError where the tokenizer has no chat template or ends every text with its end token, and where no
+    user's message, after `system_prompt` unless that is empty, and only the chat template adds special tokens.
+    Raises ValueError if the chat template is missing, if the tokenizer ends every text with its end token, and if no
     prompt is left.
     """
     texts = [template.replace(QUESTION, problem.question) for problem in problems]
@@ -212,8 +213,8 @@ def notes_on_data(train: Sequence[Problem], validation: Sequence[Problem], promp
     n_shared = sum(" ".join(problem.question.split()) in questions for problem in validation)
     if n_shared:
         notes.append(
-            f"{n_shared} of {len(validation)} validation problems are also in the training data, so the evaluation is "
-            "not on held-out problems alone"
+            f"validation problems that are also in the training data: {n_shared} of {len(validation)}; the evaluation "
+            "is not on held-out problems alone"
         )
     if len(train) < prompts_per_step:
         notes.append(
@@ -224,9 +225,9 @@ def notes_on_data(train: Sequence[Problem], validation: Sequence[Problem], promp
 
 
 def fixed_subset(items: Sequence[Item], n: int | None, seed: int) -> list[Item]:
-    """n items drawn by seed, in their own order; all of them where n is None or more than there are.
+    """n items drawn by seed, in their own order; all of them if n is None or larger than their number.
 
-    A smaller n draws a part of what a larger n draws.
+    A smaller n draws a subset of what a larger n draws.
     """
     order = list(range(len(items)))
     random.Random(derive_seed(seed, "validation_subset")).shuffle(order)
@@ -234,9 +235,10 @@ def fixed_subset(items: Sequence[Item], n: int | None, seed: int) -> list[Item]:
 
 
 class ProblemStream(Generic[Item]):
-    """Endless shuffled epochs over the training items: each comes once an epoch, in an order of that epoch's own.
+    """Endless shuffled epochs over the training items: each item comes once per epoch, in that epoch's own order.
 
-    The order hangs on the seed, the epoch and the number of items alone, so the state is two numbers.
+    The order depends on the seed, the epoch and the number of items alone. Items that were retired are left out of
+    later epochs; if none would be left, all come back.
     """
 
     def __init__(self, items: Sequence[Item], seed: int) -> None:
@@ -244,35 +246,53 @@ class ProblemStream(Generic[Item]):
             raise ValueError("there is nothing to draw from: the training set is empty")
         self._items = items
         self._seed = seed
+        self._place = {id(item): i for i, item in enumerate(items)}
+        self._left_out: set[int] = set()  # of this epoch
+        self._retired: set[int] = set()  # of the next
         self._start_epoch(0)
 
     def _start_epoch(self, epoch: int, position: int = 0) -> None:
         self._epoch, self._position = epoch, position
-        self._order = list(range(len(self._items)))
-        random.Random(derive_seed(self._seed, "problems", epoch)).shuffle(self._order)
+        order = list(range(len(self._items)))
+        random.Random(derive_seed(self._seed, "problems", epoch)).shuffle(order)
+        self._order = [i for i in order if i not in self._left_out]
 
     def draw(self, n: int) -> list[Item]:
-        """The next n items. A draw may run over the end of an epoch, of several if n is larger than the set."""
+        """The next n items. A draw may run over the end of an epoch, or of several if n is larger than the set."""
         drawn: list[Item] = []
         while len(drawn) < n:
-            if self._position == len(self._items):
+            if self._position == len(self._order):
+                if len(self._retired) == len(self._items):
+                    self._retired = set()
+                self._left_out = set(self._retired)
                 self._start_epoch(self._epoch + 1)
             taken = self._order[self._position : self._position + n - len(drawn)]
             self._position += len(taken)
             drawn.extend(self._items[i] for i in taken)
         return drawn
 
-    def state_dict(self) -> dict[str, int]:
-        """Where the stream stands: the epoch, and how many of its items are drawn. Ready for JSON."""
-        return {"epoch": self._epoch, "position": self._position}
+    def retire(self, items: Iterable[Item]) -> None:
+        """Leave these very items out from the next epoch on."""
+        self._retired |= {self._place[id(item)] for item in items}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go to where a stream over the same items with the same seed stood.
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream is: the epoch, how many of its items are drawn, and which are left out. JSON-able."""
+        state: dict[str, Any] = {"epoch": self._epoch, "position": self._position}
+        if self._retired or self._left_out:
+            state |= {"left_out": sorted(self._left_out), "retired": sorted(self._retired)}
+        return state
 
-        Raises ValueError where the position lies beyond the set, as when the data has changed.
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to where a stream over the same items with the same seed was.
+
+        Raises ValueError if the position is beyond the set, as when the data has changed.
         """
-        if not 0 <= state["position"] <= len(self._items) or state["epoch"] < 0:
-            raise ValueError(f"state {state} does not fit a set of {len(self._items)} items; has the data changed?")
+        left_out, retired = set(state.get("left_out", ())), set(state.get("retired", ()))
+        n_items = len(self._items)
+        fits = 0 <= state["position"] <= n_items - len(left_out) and max(left_out | retired, default=0) < n_items
+        if not fits or state["epoch"] < 0:
+            raise ValueError(f"state {state} does not fit a set of {n_items} items; has the data changed?")
+        self._left_out, self._retired = left_out, retired
         self._start_epoch(state["epoch"], state["position"])
 
 
@@ -281,7 +301,7 @@ def load_demonstrations(
 ) -> tuple[list[Demonstration], int]:
     """Read and tokenize a JSONL file; returns the demonstrations and how many longer than max_tokens were left out.
 
-    Raises ValueError with file and line for a row without the two texts, and where no demonstration is left.
+    Raises ValueError with file and line for a row without the two texts, and if no demonstration is left.
     """
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no end token, so a response could not be taught to end")
@@ -291,8 +311,12 @@ def load_demonstrations(
         for key in ("prompt", "response"):
             if key not in row:
                 raise ValueError(f"{path}:{line_number}: no `{key}` among the keys {sorted(row)}")
-            if not isinstance(row[key], str) or not row[key]:
-                raise ValueError(f"{path}:{line_number}: `{key}` should be a text, not {json.dumps(row[key])[:80]}")
+            try:
+                is_empty = not _text(key, row[key])
+            except ValueError as error:
+                raise ValueError(f"{path}:{line_number}: {error}") from error
+            if is_empty:
+                raise ValueError(f"{path}:{line_number}: `{key}` is empty")
         prompt_ids = tokenizer(row["prompt"], verbose=False).input_ids
         response_ids = tokenizer(row["response"], add_special_tokens=False, verbose=False).input_ids
         demonstration = Demonstration(tuple(prompt_ids), (*response_ids, tokenizer.eos_token_id))

@@ -24,8 +24,8 @@ from gpu_world import config_of, response_length
 
 import train_grpo
 from configs.defaults import Config
+from utils.algorithm.advantages import compute_advantages
 from utils.algorithm.batch import TrainBatch, make_train_batch, microbatches
-from utils.algorithm.losses import compute_advantages
 from utils.algorithm.policy import build_optimizer, load_policy, load_tokenizer
 from utils.engines import build_engine
 from utils.preflight.machine import this_card

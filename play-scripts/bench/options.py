@@ -30,8 +30,10 @@ def parse_arguments(description: str | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--config", action="append", default=[], help="config file; given again, later files win")
     add("overrides", nargs="*", metavar="section.field=value", help="change a field of the config")
-    add("--shape", choices=SHAPES, help="a randomly initialised model of this shape, and no sampling")
-    add("--response-tokens", type=int, default=32, help="tokens a response (32); with --shape on average")
+    model = parser.add_mutually_exclusive_group()
+    model.add_argument("--shape", choices=SHAPES, help="a randomly initialised model of this shape, and no sampling")
+    model.add_argument("--model", help="this checkpoint with four-shot prompts (configs/smollm2/sums.yaml)")
+    add("--response-tokens", type=int, default=32, help="tokens per response (32); with --shape on average")
     add("--reward", type=float, default=0.8, help="mean of the drawn rewards (0.8)")
     add("--steps", type=int, default=5, help="timed steps a measurement (5)")
     add("--rounds", type=int, default=3, help="turns (3)")
@@ -48,11 +50,12 @@ def parse_arguments(description: str | None = None) -> argparse.Namespace:
 
 
 def resolve_config(args: argparse.Namespace) -> Config:
-    """The quickstart's config (with --shape: the defaults), the files and overrides, and what the benchmark fixes."""
-    base = [] if args.shape else [ROOT / "configs" / "quickstart.yaml"]
-    fixed = []
+    """The quickstart's config (with --model that of its sums, with --shape the defaults), the files and overrides, and
+    what the benchmark fixes."""
+    base = [] if args.shape else [ROOT / "configs" / ("smollm2/sums.yaml" if args.model else "quickstart.yaml")]
+    fixed = [f"paths.model_path={args.model}"] if args.model else []
     if args.shape:
         fixed = [f"paths.model_path={ROOT / 'runs' / 'bench' / args.shape}"]
     else:
-        fixed = [f"training.{name}_tokens={args.response_tokens}" for name in ("min", "max")] + ["training.stop=[]"]
+        fixed += [f"training.{name}_tokens={args.response_tokens}" for name in ("min", "max")] + ["training.stop=[]"]
     return load_config([*base, *args.config], [*fixed, *args.overrides])

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from configs.defaults import Training
 from train_grpo import update_policy
+from utils.algorithm.aggregation import aggregate_loss, length_denominators
 from utils.algorithm.batch import Microbatch, TrainBatch, mark_gradients, microbatches, minibatches, take_microbatch
 from utils.algorithm.log_probs import chunked_log_probs, compute_entropy, policy_log_probs
-from utils.algorithm.losses import aggregate_loss, find_loss, length_denominators
+from utils.algorithm.losses import find_loss, per_token_loss
 from utils.algorithm.packing import packed_hidden_states
 from utils.algorithm.policy import build_optimizer
 from utils.algorithm.statistics import UpdateResult, UpdateStatistics
@@ -64,8 +65,8 @@ def in_order_of_arrival(
     policy: torch.nn.Module, batch: TrainBatch, rows: Tensor, training: Training
 ) -> Iterator[Microbatch]:
     """Microbatches that are not sorted by length."""
-    denominators = torch.ones(len(batch.rewards))
-    denominators[rows] = length_denominators(batch.response_mask[rows], training)
+    denominators = torch.ones(len(batch.rewards), dtype=torch.float64)
+    denominators[rows] = length_denominators(batch.response_mask[rows], rows // training.group_size, training)
     batch = dataclasses.replace(batch, denominators=denominators)
     for piece in rows[batch.rows_with_gradient[rows]].split(training.microbatch_size):
         yield take_microbatch(policy, batch, piece)
@@ -106,7 +107,7 @@ def inner_loop(
             with phase("forward"):
                 log_probs, entropy = pieces.log_probs(policy, microbatch, training)
             with phase("backward"):
-                per_token, extras = loss.per_token(microbatch.loss_inputs(log_probs), training)
+                per_token, extras = per_token_loss(microbatch.loss_inputs(log_probs), training)
                 value = aggregate_loss(per_token, microbatch.response_mask, microbatch.denominators, len(rows))
                 value.backward()
                 watch.microbatch(microbatch, log_probs, entropy, value, extras)

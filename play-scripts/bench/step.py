@@ -1,11 +1,13 @@
 """Time and peak memory of a GRPO step, with each optimization switched off in turn, and of TRL's GRPOTrainer.
 
     python play-scripts/bench/step.py --output results/speed/quickstart
+    python play-scripts/bench/step.py --model data/smollm2/model
     python play-scripts/bench/step.py --shape qwen2.5-1.5b --config configs/hardware/h100.yaml --response-tokens 350
 
-By default the quickstart's model samples `--response-tokens` tokens a response, no fewer and no more, and rewards are
-drawn, so that every variant and TRL have the same work. With `--shape` a model of that shape has random weights, ids
-are random, nothing is sampled, and response lengths vary around `--response-tokens`: the training half of the step.
+By default the quickstart's model samples (with `--model` another checkpoint, on four-shot prompts). Responses have
+`--response-tokens` tokens, no fewer and no more, and rewards are drawn, so that every variant and TRL have the same
+work. With `--shape` a model of that shape has random weights, ids are random, nothing is sampled, and response lengths
+vary around `--response-tokens`: the training half of the step.
 Each measurement is a process of its own, a warm-up step and then `--steps`; the variants take turns `--rounds` times,
 and ratios are between the medians of one call, of wall and of processor time. TRL joins where it is installed and
 something is sampled: as it comes, and with our attention kernel and float32 products.
@@ -56,7 +58,7 @@ def measure_in_turn(variants: list[str], rounds: int) -> dict[str, list[dict[str
 
 
 def summarize(runs: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """A row a variant: medians over all steps of all rounds, and ratios to the first variant."""
+    """A row per variant: medians over all steps of all rounds, and ratios to the first variant."""
     rows: list[dict[str, Any]] = []
     for variant, measurements in runs.items():
         seconds, cpu_seconds = (
@@ -112,7 +114,7 @@ def print_profile(parts: dict[str, list[list[Any]]]) -> None:
 
 
 def draw_chart(rows: list[dict[str, Any]], title: str, on_cpu: bool, path: Path) -> None:
-    """Two bars a variant: seconds a step (on the CPU of processor time, which neighbours disturb less), peak memory."""
+    """Two bars per variant: seconds per step (on the CPU of processor time, which others disturb less), peak memory."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -123,9 +125,9 @@ def draw_chart(rows: list[dict[str, Any]], title: str, on_cpu: bool, path: Path)
     with pyplot.rc_context(STYLE):
         figure, axes = pyplot.subplots(1, 2, figsize=(9, 0.9 + 0.35 * len(rows)), sharey=True)
         names = [row["variant"] for row in rows]
-        time_panel = ("seconds a step", "seconds", 1, "time_ratio")
+        time_panel = ("seconds per step", "seconds", 1, "time_ratio")
         if on_cpu:
-            time_panel = ("CPU seconds a step", "cpu_seconds", 1, "cpu_ratio")
+            time_panel = ("CPU seconds per step", "cpu_seconds", 1, "cpu_ratio")
         panels = [time_panel, ("peak memory, GB", "peak_bytes", 1e9, "peak_ratio")]
         for axis, (label, key, unit, ratio) in zip(axes, panels, strict=True):
             bars = axis.barh(names, [row[key] / unit for row in rows], color=COLOURS[1])

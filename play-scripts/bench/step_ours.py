@@ -28,12 +28,13 @@ from plain_pieces import (
 from configs.defaults import Config, Training
 from train_grpo import update_policy
 from utils import tiny
+from utils.algorithm.advantages import compute_advantages
 from utils.algorithm.batch import make_train_batch, mark_gradients
-from utils.algorithm.losses import compute_advantages, find_loss
+from utils.algorithm.losses import find_loss
 from utils.algorithm.policy import build_optimizer, load_policy, load_tokenizer
 from utils.algorithm.statistics import UpdateResult
 from utils.engines import build_engine
-from utils.problems import load_template
+from utils.problems import load_problems, load_template
 from utils.records import Problem, Prompt, Rollout
 from utils.rewards.functions import RewardScorer
 from utils.rewards.grader import Grader
@@ -77,7 +78,8 @@ class Workload:
         if not args.shape:
             tokenizer = load_tokenizer(config.paths.model_path)
             self.prompts = [
-                Prompt(Problem(text, ""), text, tuple(tokenizer(text).input_ids)) for text in prompt_texts(config)
+                Prompt(Problem(text, ""), text, tuple(tokenizer(text).input_ids))
+                for text in prompt_texts(config, args.model)
             ]
             self.scorer = RewardScorer(t.reward_fn, t.extra_rewards, Grader())
             longest = max(len(prompt.token_ids) for prompt in self.prompts)
@@ -97,7 +99,7 @@ class Workload:
                 self.scorer.score(rollouts)
         with phase("batching and rest"):
             rewards = torch.tensor(draw_rewards(len(rollouts), t.group_size, self.args.reward, step))
-            batch = make_train_batch(rollouts, rewards, compute_advantages(rewards, t), pad_id=0)
+            batch = make_train_batch(rollouts, rewards, compute_advantages(rewards, t))
             if by_phase or self.pieces != Pieces():
                 clock = phase if by_phase else no_clock
                 result = inner_loop(self.policy, self.optimizer, batch, t, step, self.pieces, clock)
@@ -128,10 +130,12 @@ class Workload:
         return tuple(rng.choices(range(self.policy.config.vocab_size), k=n))
 
 
-def prompt_texts(config: Config) -> list[str]:
-    """The quickstart's sums in its template."""
+def prompt_texts(config: Config, model: str | None) -> list[str]:
+    """The quickstart's sums in its template; with --model the config's own problems."""
     template = load_template(config.paths.prompt_template_file)
-    problems, _ = tiny.make_problems(150, config.training.seed)
+    problems = (
+        load_problems(config.paths.train_data_file) if model else tiny.make_problems(150, config.training.seed)[0]
+    )
     return [template.replace("{question}", problem.question) for problem in problems]
 
 

@@ -87,7 +87,7 @@ def measure(args: argparse.Namespace, config: Config) -> dict[str, Any]:
     model = AutoModelForCausalLM.from_pretrained(
         config.paths.model_path, trust_remote_code=False, dtype=getattr(torch, t.dtype), **kernels
     )
-    prompts = Dataset.from_list([{"prompt": text} for text in prompt_texts(config)])
+    prompts = Dataset.from_list([{"prompt": text} for text in prompt_texts(config, args.model)])
     trainer = GRPOTrainer(
         model,
         reward_funcs=reward,

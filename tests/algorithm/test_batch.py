@@ -31,7 +31,7 @@ some_rollouts = st.lists(st.builds(make_rollout, ids.filter(len), ids), min_size
 def test_train_batch_by_hand() -> None:
     # the end id is also the pad id: only the lengths tell them apart
     rollouts = [make_rollout([5, 6, 7], [8, PAD]), make_rollout([5], [])]
-    batch = make_train_batch(rollouts, torch.tensor([1.0, 0.0]), torch.tensor([0.5, -0.5]), PAD)
+    batch = make_train_batch(rollouts, torch.tensor([1.0, 0.0]), torch.tensor([0.5, -0.5]), pad_id=PAD)
     assert batch.input_ids.tolist() == [[5, 6, 7, 8, PAD], [5, PAD, PAD, PAD, PAD]]
     assert batch.response_mask.tolist() == [[False, False, True, True], [False] * 4]
     assert batch.sampler_log_probs.tolist() == [
@@ -44,7 +44,7 @@ def test_train_batch_by_hand() -> None:
 @given(some_rollouts)
 def test_masked_labels_are_the_sampled_ids(rollouts: list[Rollout]) -> None:
     zeros = torch.zeros(len(rollouts))
-    batch = make_train_batch(rollouts, zeros, zeros, PAD)
+    batch = make_train_batch(rollouts, zeros, zeros, pad_id=PAD)
     for i, rollout in enumerate(rollouts):
         mask = batch.response_mask[i]
         assert tuple(batch.input_ids[i, 1:][mask].tolist()) == rollout.response_ids
@@ -56,7 +56,7 @@ def test_microbatches_hold_every_row_once_and_nothing_else(
     rollouts: list[Rollout], size: int, max_tokens: int | None
 ) -> None:
     values = torch.arange(len(rollouts)).float()
-    batch = make_train_batch(rollouts, values, -values, PAD)
+    batch = make_train_batch(rollouts, values, -values, pad_id=PAD)
     batch = replace(batch, denominators=values, old_log_probs=batch.sampler_log_probs)
     rows = torch.arange(len(rollouts))
     pieces = split_rows(rows, batch.sequence_lengths, size, max_tokens)

@@ -20,7 +20,8 @@ from utils.algorithm.cs336 import (
     sft_microbatch_train_step,
     tokenize_prompt_and_output,
 )
-from utils.algorithm.losses import LOSSES
+
+ASSIGNED = ["no_baseline", "reinforce_with_baseline", "grpo_clip", "grpo_no_clip"]
 
 
 def tensor(*values: object) -> torch.Tensor:
@@ -130,7 +131,7 @@ def slow_loss(example: dict, loss_type: str, mode: str, constant: float, clipran
     return total / len(log_probs)
 
 
-@pytest.mark.parametrize("loss_type", LOSSES)
+@pytest.mark.parametrize("loss_type", ASSIGNED)
 @pytest.mark.parametrize("mode", ["mean", "constant", "microbatch"])
 def test_microbatch_step_equals_the_slow_formula(loss_type: str, mode: str) -> None:
     ours, slow = example_microbatch(), example_microbatch()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 
 import pytest
 import torch
@@ -24,11 +23,19 @@ from transformers import (
     Qwen3Config,
 )
 
-from utils.algorithm.log_probs import _rounded_product, get_response_log_probs, has_plain_head, response_log_probs
+from utils.algorithm import head as head_module
+from utils.algorithm.head import Head, find_head
+from utils.algorithm.log_probs import (
+    _rounded_product,
+    chunked_log_probs,
+    compute_entropy,
+    get_response_log_probs,
+    response_log_probs,
+)
 
 VOCABULARY = 61
 PLAIN = (Qwen2Config, Qwen3Config, LlamaConfig, MistralConfig, GemmaConfig, Gemma3TextConfig)
-NOT_PLAIN = (Gemma2Config, GraniteConfig, CohereConfig, PhiConfig)  # capped, divided, multiplied, with a bias
+HEADS = {Gemma2Config: Head(cap=30.0), GraniteConfig: Head(scale=0.125), CohereConfig: Head(scale=0.0625)}
 
 
 def build(config_class: type[PretrainedConfig] = Qwen2Config, attention: str = "sdpa", **changes) -> torch.nn.Module:
@@ -89,8 +96,7 @@ def gradients(policy: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("config_class", PLAIN + NOT_PLAIN, ids=lambda c: c.__name__)
-@pytest.mark.filterwarnings("ignore:.*does more to its logits")
+@pytest.mark.parametrize("config_class", (*PLAIN, *HEADS, PhiConfig), ids=lambda c: c.__name__)
 def test_padded_batch_agrees_with_sequences_alone(config_class, attention):
     policy = build(config_class, attention)
     reference_policy = copy.deepcopy(policy)
@@ -112,17 +118,39 @@ def test_padded_batch_agrees_with_sequences_alone(config_class, attention):
         torch.testing.assert_close(gradient, expected_gradients[name], atol=2e-4, rtol=1e-3, msg=name)
 
 
-@pytest.mark.parametrize("config_class", PLAIN, ids=lambda c: c.__name__)
-def test_plain_heads_are_recognised(config_class):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert has_plain_head(build(config_class))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("config_class", [*PLAIN, *HEADS], ids=lambda c: c.__name__)
+def test_heads_are_found(config_class, dtype):
+    assert find_head(build(config_class).to(dtype)) == HEADS.get(config_class, Head())
 
 
-@pytest.mark.parametrize("config_class", NOT_PLAIN, ids=lambda c: c.__name__)
-def test_other_heads_are_recognised_and_said(config_class):
-    with pytest.warns(UserWarning, match="does more to its logits"):
-        assert not has_plain_head(build(config_class))
+def test_a_head_of_another_kind_is_none(monkeypatch):
+    assert find_head(build(PhiConfig)) is None  # it has a bias
+    monkeypatch.setattr(head_module, "proposed_head", lambda _policy: Head())
+    for config_class in HEADS:  # a config that says nothing of what the model does to its logits
+        assert find_head(build(config_class)) is None
+
+
+@pytest.mark.parametrize("head", [Head(), Head(scale=0.3), Head(cap=2.0), Head(scale=3.0, cap=1.5)])
+@pytest.mark.parametrize("chunk_size", [3, 100])
+def test_head_against_autograd_in_float64(head, chunk_size):
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(10, 6, dtype=torch.float64), torch.randn(VOCABULARY, 6, dtype=torch.float64)
+    labels, upstream = torch.randint(VOCABULARY, (10,)), torch.randn(10, dtype=torch.float64)
+    results = []
+    for ours in (True, False):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        if ours:
+            log_probs, entropy = chunked_log_probs(h, w, labels, 0.7, chunk_size, with_entropy=True, head=head)
+        else:
+            logits = (h @ w.T) * head.scale
+            logits = logits if head.cap is None else head.cap * torch.tanh(logits / head.cap)
+            distribution = torch.distributions.Categorical(logits=logits / 0.7)
+            log_probs, entropy = distribution.log_prob(labels), distribution.entropy()
+        (log_probs * upstream).sum().backward()
+        results.append((log_probs, entropy, h.grad, w.grad))
+    for ours, exact in zip(*results, strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("chunk_size", [1, 5, 29, 30, 31, 1000])
@@ -221,7 +249,7 @@ class LargestTensor(TorchDispatchMode):
 def test_no_tensor_is_larger_than_a_chunk_of_logits():
     policy = build(vocab_size=4096)
     input_ids, mask = make_batch([(10, 80), (10, 60)])
-    assert has_plain_head(policy)
+    assert find_head(policy) == Head()
     with LargestTensor() as largest:
         response_log_probs(policy, input_ids, mask, chunk_size=40, with_entropy=True)[0].sum().backward()
     assert largest.elements == 40 * 4096  # 140 tokens in all; the head's weight is 32 * 4096
@@ -268,6 +296,28 @@ def test_plain_version_against_cross_entropy():
     torch.testing.assert_close(result["log_probs"], expected)
     torch.testing.assert_close(result["token_entropy"], torch.distributions.Categorical(logits=logits).entropy())
     assert set(get_response_log_probs(policy, input_ids[:, :-1], input_ids[:, 1:], False)) == {"log_probs"}
+
+
+@pytest.mark.parametrize("chunk_size", [3, 100])
+def test_ids_beyond_the_vocabulary_have_no_probability(chunk_size: int) -> None:
+    """Against the plain head cut to the vocabulary, forward and backward, in float64."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(7, 5, generator=generator, dtype=torch.float64)
+    weight = torch.randn(11, 5, generator=generator, dtype=torch.float64)
+    labels = torch.randint(8, (7,), generator=generator)
+    results = []
+    for chunked in (True, False):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        if chunked:
+            log_probs, entropy = chunked_log_probs(h, w, labels, 0.7, chunk_size, True, vocabulary_size=8)
+        else:
+            logits = (h @ w.T)[:, :8] / 0.7
+            log_probs, entropy = logits.log_softmax(-1)[torch.arange(7), labels], compute_entropy(logits.detach())
+        log_probs.square().sum().backward()
+        results.append((log_probs.detach(), entropy, h.grad, w.grad))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-12, rtol=0)
+    assert torch.equal(results[0][3][8:], torch.zeros(3, 5, dtype=torch.float64))
 
 
 def test_the_one_pass_of_cuda_rounds_as_two_do() -> None:

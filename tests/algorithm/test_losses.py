@@ -12,17 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs.defaults import Training
+from utils.algorithm.advantages import ADVANTAGES, compute_advantages, zero_std_groups
+from utils.algorithm.aggregation import DENOMINATORS, aggregate_loss, length_denominators
+from utils.algorithm.corrections import KL_ESTIMATORS, SAMPLER_CORRECTIONS
 from utils.algorithm.log_probs import compute_entropy
-from utils.algorithm.losses import (
-    DENOMINATORS,
-    LOSSES,
-    LossInputs,
-    aggregate_loss,
-    compute_advantages,
-    length_denominators,
-    objective,
-    zero_std_groups,
-)
+from utils.algorithm.loss_inputs import LossInputs
+from utils.algorithm.losses import LOSSES, objective
+from utils.preflight.loss_rules import CLIPPED_LOSSES, LOSSES_WITHOUT_BASELINE, LOSSES_WITHOUT_RATIO
 
 SETTINGS = Training(group_size=3, train_batch_size=6, gradient_accumulation_steps=3, normalize_constant=7.0)
 
@@ -35,6 +31,16 @@ def test_the_config_names_every_entry_and_nothing_else() -> None:
     choices = {field.name: field.metadata.get("choices") for field in dataclasses.fields(Training)}
     assert choices["loss_type"] == list(LOSSES)
     assert choices["normalize_mode"] == list(DENOMINATORS)
+    assert choices["advantage"] == list(ADVANTAGES)
+    assert choices["sampler_correction"] == list(SAMPLER_CORRECTIONS)
+    assert choices["kl_estimator"] == list(KL_ESTIMATORS)
+
+
+def test_what_the_config_check_knows_of_losses() -> None:
+    assert {name for name, loss in LOSSES.items() if loss.clips} == set(CLIPPED_LOSSES)
+    assert {name for name, loss in LOSSES.items() if loss.weighs_by == "rewards"} == set(LOSSES_WITHOUT_BASELINE)
+    # dppo has its ratio to the sampler
+    assert {name for name, loss in LOSSES.items() if not loss.has_ratio} == {*LOSSES_WITHOUT_RATIO, "dppo"}
 
 
 def test_entropy_by_hand_and_of_large_logits() -> None:
@@ -85,12 +91,32 @@ def test_advantages_complain() -> None:
 def test_length_denominators_by_hand() -> None:
     mask = torch.arange(5) < torch.tensor([3, 0, 5, 2])[:, None]
     settings = Training(train_batch_size=4, gradient_accumulation_steps=2, normalize_constant=9.0)
-    expected = {"mean": [3, 1, 5, 2], "constant": [9, 9, 9, 9], "microbatch": [3, 3, 5, 5]}
+    groups = torch.tensor([7, 7, 4, 7])
+    expected = {
+        "mean": [3, 1, 5, 2],
+        "constant": [9, 9, 9, 9],
+        "microbatch": [3, 3, 5, 5],
+        "token": [10 / 4] * 4,  # divided by 4 sequences later: 10 tokens in all
+        "prompt": [5 * 2 / 4, 5 * 2 / 4, 5 * 2 / 4, 5 * 2 / 4],  # either prompt has 5 tokens, and there are 2 prompts
+    }
     assert expected.keys() == DENOMINATORS.keys()
     for mode, values in expected.items():
-        assert length_denominators(mask, replace(settings, normalize_mode=mode)).tolist() == values
+        assert length_denominators(mask, groups, replace(settings, normalize_mode=mode)).tolist() == values
     with pytest.raises(ValueError, match="'sum'; choose one of: mean"):
-        length_denominators(mask, replace(settings, normalize_mode="sum"))
+        length_denominators(mask, groups, replace(settings, normalize_mode="sum"))
+
+
+def test_other_advantages_by_hand() -> None:
+    rewards = tensor(1, 0, 0, 1, 1, 1, 0, 0, 0)
+    plain = replace(SETTINGS, use_std_normalization=False, advantage_eps=0.0)
+    # the mean of the other two of 1, 0, 0: 0 for the first, 1/2 for the others
+    assert compute_advantages(rewards, replace(plain, advantage="rloo"))[:3].tolist() == pytest.approx([1, -0.5, -0.5])
+    maxrl = compute_advantages(rewards, replace(plain, advantage="maxrl"))
+    assert maxrl.tolist() == pytest.approx([2, -1, -1, 0, 0, 0, 0, 0, 0])
+    # four rewards of 1 and five of 0: variance (4 * 25 + 5 * 16) / 81 / 8
+    by_batch = compute_advantages(rewards, replace(SETTINGS, std_scope="batch", advantage_eps=0.0))
+    assert by_batch[0] == pytest.approx((2 / 3) / math.sqrt(180 / 81 / 8))
+    assert by_batch[3:].tolist() == [0] * 6
 
 
 def example(seed: int = 0) -> LossInputs:
@@ -103,41 +129,6 @@ def example(seed: int = 0) -> LossInputs:
         advantages=2 * rand(6) - 1,
         rewards=rand(6).round(),
     )
-
-
-def slow_objective(inputs: LossInputs, training: Training) -> torch.Tensor:
-    """The loss as the papers write it, one token at a time."""
-    log_probs, old, mask = inputs.policy_log_probs, inputs.old_log_probs, inputs.response_mask
-    lengths = mask.sum(dim=1).tolist()
-    total = torch.zeros((), dtype=torch.float64)
-    for i, length in enumerate(lengths):
-        neighbour = i + 1 if i % 2 == 0 else i - 1  # microbatches of two
-        for t in range(length):
-            ratio = (log_probs[i, t] - old[i, t]).exp()
-            clipped = min(max(ratio, 1 - training.cliprange), 1 + training.cliprange)
-            advantage = inputs.advantages[i]
-            token_loss = {
-                "no_baseline": -inputs.rewards[i] * log_probs[i, t],
-                "reinforce_with_baseline": -advantage * log_probs[i, t],
-                "grpo_clip": -min(ratio * advantage, clipped * advantage),
-                "grpo_no_clip": -ratio * advantage,
-            }[training.loss_type]
-            longest = max(length, lengths[neighbour])
-            divisor = {"mean": length, "constant": training.normalize_constant, "microbatch": longest}
-            total = total + token_loss / divisor[training.normalize_mode]
-    return total / len(lengths)
-
-
-@pytest.mark.parametrize("loss_type", LOSSES)
-@pytest.mark.parametrize("mode", DENOMINATORS)
-def test_objective_equals_the_slow_formula(loss_type: str, mode: str) -> None:
-    training = replace(SETTINGS, loss_type=loss_type, normalize_mode=mode)
-    ours, slow = example(), example()
-    value, expected = objective(ours, training), slow_objective(slow, training)
-    value.backward()
-    expected.backward()
-    assert value.item() == pytest.approx(expected.item(), abs=1e-12)
-    torch.testing.assert_close(ours.policy_log_probs.grad, slow.policy_log_probs.grad, atol=1e-12, rtol=0)
 
 
 def test_objective_makes_the_advantages_itself() -> None:
@@ -163,7 +154,7 @@ def test_without_old_log_probs_the_ratio_is_one_and_has_a_gradient() -> None:
 def test_microbatches_add_up_to_the_whole() -> None:
     training, inputs = replace(SETTINGS, loss_type="grpo_clip"), example()
     per_token, _ = LOSSES["grpo_clip"].per_token(inputs, training)
-    denominators = length_denominators(inputs.response_mask, training)
+    denominators = length_denominators(inputs.response_mask, torch.arange(6) // 3, training)
     parts = [
         aggregate_loss(per_token[rows], inputs.response_mask[rows], denominators[rows], n_sequences=6)
         for rows in torch.tensor([4, 0, 5, 2, 1, 3]).split([1, 3, 2])
@@ -186,4 +177,5 @@ def test_has_gradient_asks_rewards_or_advantages() -> None:
     rewards, advantages = torch.tensor([1.0, 0.0, 1.0]), torch.tensor([0.0, 0.5, -0.5])
     for name, loss in LOSSES.items():
         expected = [True, False, True] if name == "no_baseline" else [False, True, True]
-        assert loss.has_gradient(rewards, advantages).tolist() == expected
+        assert loss.has_gradient(rewards, advantages, Training()).tolist() == expected
+        assert loss.has_gradient(rewards, advantages, Training(kl_coef=0.1)).all()

@@ -10,13 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwen3Config
 from update_cases import ON_POLICY, make_batch
 
 from train_grpo import update_policy
 from utils.algorithm import log_probs as log_probs_module
 from utils.algorithm.batch import response_mask
-from utils.algorithm.log_probs import has_plain_head, response_log_probs
+from utils.algorithm.head import find_head
+from utils.algorithm.log_probs import response_log_probs
 from utils.algorithm.packing import enable_packing, is_packable, pack
 from utils.algorithm.policy import load_policy, load_tokenizer
 from utils.engines.transformers_engine import TransformersEngine
@@ -106,7 +107,7 @@ def test_log_probs_and_gradients_are_those_of_the_padded_pass(
     if checkpointing:
         policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     assert enable_packing(policy)
-    has_plain_head(policy)  # looks once, with forward passes of its own
+    find_head(policy)  # looks once, with forward passes of its own
     seen = []
     policy.get_decoder().layers[0].mlp.register_forward_pre_hook(lambda _m, inputs: seen.append(inputs[0].shape[:2]))
     log_probs, packed_gradients = log_probs_and_gradients(policy)
@@ -115,28 +116,6 @@ def test_log_probs_and_gradients_are_those_of_the_padded_pass(
     torch.testing.assert_close(log_probs, expected, rtol=0, atol=1e-12)
     for ours, theirs in zip(packed_gradients, gradients, strict=True):
         assert (ours - theirs).norm() < 1e-5 * theirs.norm()  # the models' norms compute in float32
-
-
-@pytest.mark.parametrize(
-    ("config_class", "options"),
-    [
-        (LlamaConfig, {}),
-        (Qwen2Config, {"attention_dropout": 0.1}),
-        (Qwen2Config, {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
-    ],
-)
-def test_other_attention_stays_as_it_is(config_class: type, options: dict) -> None:
-    policy = AutoModelForCausalLM.from_config(config_class(**SIZES, **options), attn_implementation="sdpa")
-    assert not enable_packing(policy) and not is_packable(policy)
-    assert policy.config._attn_implementation == "sdpa"
-
-
-def test_what_is_not_packed_is_told(tmp_path: Path) -> None:
-    AutoModelForCausalLM.from_config(LlamaConfig(**SIZES)).save_pretrained(tmp_path)
-    with pytest.warns(
-        UserWarning, match="use_packing: LlamaForCausalLM with sdpa attention is not among what it knows"
-    ):
-        load_policy(str(tmp_path), ON_POLICY)
 
 
 @pytest.mark.parametrize("kernel", ["sdpa", "eager"])

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedConfig, Qwen2Config, T5Config
 from update_cases import ON_POLICY, make_batch
 
 from configs.defaults import Training
 from train_grpo import update_policy
+from utils import tiny
 from utils.algorithm import policy as policy_module
-from utils.algorithm.log_probs import has_plain_head
+from utils.algorithm.head import find_head
 from utils.algorithm.policy import (
     build_optimizer,
     choose_cpu_products,
@@ -44,7 +46,7 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(
 ) -> None:
     training = replace(ON_POLICY, use_gradient_checkpointing=True)
     policy = load_policy(str(tiny_model_dir), training)
-    has_plain_head(policy)  # looks once, with a forward pass of its own
+    find_head(policy)  # looks once, with a forward pass of its own
     forwards = []
     policy.get_decoder().layers[0].mlp.register_forward_pre_hook(lambda *_: forwards.append(1))
     one_microbatch = replace(training, gradient_accumulation_steps=1)
@@ -65,7 +67,6 @@ def mkl_afterwards() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("mkl_afterwards")
-@pytest.mark.filterwarnings("ignore:training.use_onednn")  # where this processor would round
 @pytest.mark.parametrize("attention_type", ["sdpa", "eager"])
 def test_products_by_onednn_agree(tiny_model_dir: Path, plain_weights: torch.Tensor, attention_type: str) -> None:
     weights = weights_after_updates(tiny_model_dir, replace(ON_POLICY, use_onednn=True, attention_type=attention_type))
@@ -74,11 +75,14 @@ def test_products_by_onednn_agree(tiny_model_dir: Path, plain_weights: torch.Ten
 
 
 @pytest.mark.usefixtures("mkl_afterwards")
-def test_products_that_would_be_rounded_stay_with_mkl(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_that_would_be_rounded_stay_with_mkl(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     matmul = torch.backends.mkldnn.matmul
     monkeypatch.setattr(policy_module, "product_error", lambda: 3e-3)
-    with pytest.warns(UserWarning, match="use_onednn: oneDNN rounds to bfloat16 on this processor, so MKL is used"):
-        choose_cpu_products(use_onednn=True)
+    choose_cpu_products(use_onednn=True)
+    said = "note: training.use_onednn: oneDNN rounds to bfloat16 on this processor, so MKL is used\n"
+    assert capsys.readouterr().err == said
     assert matmul.fp32_precision == "none"
     monkeypatch.setattr(policy_module, "product_error", lambda: 3e-7)
     choose_cpu_products(use_onednn=True)
@@ -139,3 +143,52 @@ def test_what_cannot_be_loaded_is_told(tmp_path: Path, tiny_model_dir: Path) -> 
     with pytest.raises(ValueError, match=r"paths.model_path = '.*': cannot load the model"):
         load_policy(str(tmp_path), ON_POLICY)
     assert context_length(str(tiny_model_dir)) == 2048
+
+
+def tiny_gpt2(**rates: float) -> GPT2Config:
+    """GPT-2's defaults drop 0.1 of embeddings, attention and residuals."""
+    tokenizer = tiny.build_tokenizer()
+    return GPT2Config(
+        vocab_size=len(tokenizer), n_positions=256, n_embd=32, n_layer=2, n_head=2,
+        eos_token_id=tokenizer.eos_token_id, bos_token_id=None, **rates,
+    )  # fmt: skip
+
+
+def tiny_qwen2(attention_dropout: float) -> Qwen2Config:
+    config = tiny.build_model(seed=0).config
+    config.attention_dropout = attention_dropout
+    return config
+
+
+@pytest.mark.parametrize("config", [tiny_gpt2(), tiny_qwen2(attention_dropout=0.5)], ids=["gpt2", "attention"])
+def test_dropout_is_switched_off_and_told(
+    config: PreTrainedConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At learning rate 0 two optimizer steps leave the ratio at 1: with dropout it would be noise."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    assert any(isinstance(value, float) and value > 0 for name, value in vars(config).items() if "drop" in name)
+    model.save_pretrained(tmp_path)
+    training = replace(ON_POLICY, train_batch_size=4, loss_type="grpo_clip", learning_rate=1e-30)
+    policy = load_policy(str(tmp_path), training)
+    assert f"note: {tmp_path}: its dropout is switched off" in capsys.readouterr().err
+    assert policy.training
+    metrics = update_policy(policy, build_optimizer(policy, training), make_batch(), training, 0).metrics
+    assert metrics["mean_ratio"] == pytest.approx(1.0, abs=1e-5)
+    assert metrics["clip_fraction"] == 0.0
+
+
+def test_a_model_without_causal_head_is_refused_in_a_line(tmp_path: Path) -> None:
+    T5Config(d_model=8, d_ff=8, num_layers=1, vocab_size=40).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"no head that predicts the next token; take a causal") as refused:
+        load_policy(str(tmp_path), ON_POLICY)
+    assert "\n" not in str(refused.value) and len(str(refused.value)) < 300
+
+
+def test_a_tokenizer_without_end_token_is_refused_with_the_remedy(tiny_model_dir: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(str(tiny_model_dir))
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path)
+    shutil.copy(tiny_model_dir / "config.json", tmp_path)
+    with pytest.raises(ValueError, match=r"no end token.*`eos_token` in its tokenizer_config.json"):
+        load_tokenizer(str(tmp_path))

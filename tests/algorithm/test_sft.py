@@ -101,7 +101,6 @@ def test_schedules(data: Path) -> None:
     assert rates("cosine") == pytest.approx([0, 0.5, 1, 0.5 + 0.5 * 2**-0.5, 0.5, 0.5 - 0.5 * 2**-0.5])
 
 
-@pytest.mark.filterwarnings("ignore:Qwen2ForCausalLM does more")  # what a head of NaN looks like
 def test_nonfinite_stops_and_leaves_the_weights(data: Path) -> None:
     demonstrations, _ = load_demonstrations(data, TOKENIZER, max_tokens=100)
     policy = tiny.build_model(seed=3)
@@ -126,9 +125,9 @@ def test_long_demonstrations_are_counted_and_left_out(data: Path) -> None:
     ("line", "complaint"),
     [
         ('{"prompt": "a"}', "d.jsonl:2: no `response` among the keys \\['prompt'\\]"),
-        ('{"prompt": "a", "response": null}', "d.jsonl:2: `response` should be a text, not null"),
-        ('{"prompt": ["a"], "response": "b"}', 'd.jsonl:2: `prompt` should be a text, not \\["a"\\]'),
-        ('{"prompt": "a", "response": ""}', 'd.jsonl:2: `response` should be a text, not ""'),
+        ('{"prompt": "a", "response": null}', "d.jsonl:2: `response` should be text, not null"),
+        ('{"prompt": ["a"], "response": "b"}', "d.jsonl:2: `prompt` should be text, not list"),
+        ('{"prompt": "a", "response": ""}', "d.jsonl:2: `response` is empty"),
         ("{", "d.jsonl:2: not JSON"),
     ],
 )

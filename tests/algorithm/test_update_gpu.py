@@ -11,9 +11,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from update_cases import ON_POLICY, assert_resumes_exactly, make_batch
 
 from train_grpo import update_policy
+from utils.algorithm.aggregation import aggregate_loss
 from utils.algorithm.batch import microbatches
 from utils.algorithm.log_probs import policy_log_probs
-from utils.algorithm.losses import aggregate_loss, find_loss
+from utils.algorithm.losses import per_token_loss
 from utils.algorithm.packing import is_packable
 from utils.algorithm.policy import build_optimizer, load_policy
 from utils.algorithm.statistics import UpdateStatistics
@@ -39,7 +40,7 @@ def test_cuda_and_cpu_end_in_the_same_weights(tiny_model_dir: Path) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_nothing_waits_for_the_device_between_microbatches(tiny_model_dir: Path, dtype: str, n_repeats: int) -> None:
     training = replace(ON_CUDA, dtype=dtype)
-    policy, loss = load_policy(str(tiny_model_dir), training), find_loss(training.loss_type)
+    policy = load_policy(str(tiny_model_dir), training)
     batch, rows = make_batch(n_repeats=n_repeats), torch.arange(8)
     watch = UpdateStatistics(policy, batch, training)
     assert is_packable(policy)
@@ -47,7 +48,7 @@ def test_nothing_waits_for_the_device_between_microbatches(tiny_model_dir: Path,
     def one_microbatch() -> None:
         for microbatch in microbatches(policy, batch, rows, replace(training, gradient_accumulation_steps=1)):
             log_probs, entropy = policy_log_probs(policy, microbatch, training)
-            per_token, extras = loss.per_token(microbatch.loss_inputs(log_probs), training)
+            per_token, extras = per_token_loss(microbatch.loss_inputs(log_probs), training)
             value = aggregate_loss(per_token, microbatch.response_mask, microbatch.denominators, len(rows))
             value.backward()
             watch.microbatch(microbatch, log_probs, entropy, value, extras)

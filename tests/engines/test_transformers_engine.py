@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import math
 import random
@@ -42,6 +43,9 @@ from transformers import (
 )
 
 import utils.engines
+from configs.defaults import Training
+from train_grpo import update_policy
+from utils.algorithm.batch import make_train_batch
 from utils.engines import build_engine, choose_engine
 from utils.engines.responses import ResponseReader
 from utils.engines.transformers_engine import TransformersEngine, sample_tokens
@@ -447,3 +451,24 @@ def test_build_engine(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     engine = build_engine(config, policy, tokenizer, longest_prompt=10)
     assert engine.name == "transformers"
     assert engine.sampling == sampling(temperature=0.5, top_p=0.9, min_tokens=2, max_tokens=9, stop=("\n",))
+
+
+def test_the_trainer_gives_ids_beyond_the_vocabulary_no_probability(
+    policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """A model that pads its vocabulary and believes in the padding: no engine samples it, and the trainer agrees."""
+    padded = copy.deepcopy(policy)
+    padded.resize_token_embeddings(len(tokenizer) + 40, mean_resizing=False)
+    with torch.no_grad():
+        padded.get_output_embeddings().weight[len(tokenizer) :] *= 50
+    engine = TransformersEngine(padded, tokenizer, sampling(max_tokens=8), 64)
+    rollouts = engine.generate(prompts_of(tokenizer, 4), n=2, seed=0)
+    ones = torch.ones(len(rollouts))
+    gaps = []
+    for vocabulary_size in (len(tokenizer), None):
+        batch = make_train_batch(rollouts, ones, ones, vocabulary_size)
+        training = Training(train_batch_size=8, rollout_batch_size=8, gradient_accumulation_steps=1, device="cpu")
+        optimizer = torch.optim.SGD(padded.parameters(), lr=1e-9)
+        gaps.append(update_policy(padded, optimizer, batch, training, 0).metrics["sampler_max_diff"])
+    assert gaps[0] < 1e-5
+    assert gaps[1] > 0.1

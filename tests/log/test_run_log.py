@@ -17,8 +17,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from utils.log import console as console_module
 from utils.log.files import (
     UNFINISHED,
+    CannotWrite,
     cut_rows,
     encode_row,
     git_state,
@@ -229,10 +231,23 @@ def test_logged_rollouts(tmp_path: Path) -> None:
     assert indices(path, "eval", 8) == [0, 1, 2]
     i = first[0]
     assert strict_rows(path)[0] == {
-        "split": "train", "grpo_step": 1, "index": i, "question": "1 + 1?", "prompt": "User: 1 + 1?",
+        "split": "train", "grpo_step": 1, "group": i, "index": i, "question": "1 + 1?", "prompt": "User: 1 + 1?",
         "response": f"response {i}", "truth": ["2", "two"], "format_reward": 1.0, "answer_reward": float(i % 2),
         "reward": i / 10, "advantage": i / 100, "finish_reason": "length" if i % 2 else "stop", "response_length": i,
     }  # fmt: skip
+
+
+def test_training_logs_whole_groups(tmp_path: Path) -> None:
+    rollouts, rewards = make_rollouts(40)
+    with RunLog(tmp_path, n_grpo_steps=9) as log:
+        for step, n in enumerate((0, 1, 8, 9, 100), 1):
+            log.rollouts("train", step, rollouts, rewards, n=n, group_size=8)
+    logged = [strict_rows(tmp_path / "rollouts.jsonl")]
+    groups = [{(row["group"], row["index"]) for row in logged[0] if row["grpo_step"] == step} for step in range(1, 6)]
+    assert [len(rows) for rows in groups] == [0, 8, 8, 16, 40]
+    for rows in groups:
+        whole = {group for group, _ in rows}
+        assert rows == {(group, i) for group in whole for i in range(8 * group, 8 * group + 8)}
 
 
 def test_any_text_a_model_writes_can_be_logged(tmp_path: Path) -> None:
@@ -264,10 +279,37 @@ def test_plain_lines_without_a_terminal(tmp_path: Path, capsys: pytest.CaptureFi
         log.note("x" * 300)
         log.warn("[bold]as it is[/bold]")
     assert capsys.readouterr().out.splitlines() == [
-        "step   7/100  reward 0.500  loss nan  tokens/s 12,346",
+        "step   7/100  reward 0.500  loss nan  tokens/s 12,346  left 0:00:00",
         "x" * 300,
         "warning: [bold]as it is[/bold]",
     ]
+
+
+def test_on_policy_the_share_of_groups_with_a_signal_stands_in_for_the_loss(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    metrics = {"reward": 0.5, "loss": 1e-9, "frac_zero_std_groups": 0.25}
+    with RunLog(tmp_path, n_grpo_steps=2) as log:
+        log.train_step(1, metrics | {"mean_ratio": 1.0})
+        log.train_step(2, metrics | {"mean_ratio": 1.01})
+    first, second = capsys.readouterr().out.splitlines()
+    assert "groups with a signal 75%" in first and "loss" not in first
+    assert "groups with a signal 75%" in second and "loss 1e-09" in second
+
+
+def test_time_left_is_told_without_a_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(console_module.time, "monotonic", lambda: clock[0])
+    with RunLog(tmp_path, n_grpo_steps=10) as log:
+        clock[0] = 400.0
+        log.evaluation(0, {"reward": 0.5})  # not counted
+        for step, now in ((1, 430.0), (2, 440.0), (10, 500.0)):
+            clock[0] = now
+            log.train_step(step, {"reward": 0.5})
+    left = [line.partition("  left ")[2] for line in capsys.readouterr().out.splitlines()[1:]]
+    assert left == ["0:04:30", "0:02:40", ""]  # 30 s for 9 steps each, 20 s for 8 each
 
 
 def test_progress_bar_in_a_terminal(tmp_path: Path) -> None:
@@ -318,6 +360,7 @@ class FakeWandb(types.ModuleType):
         comm_error = type("CommError", (self.Error,), {})
         self.errors = types.SimpleNamespace(CommError=comm_error)
         self.Settings = lambda **options: options
+        self.Table = lambda columns, data: {"columns": columns, "data": data}
 
     def _called(self, name: str, *details: object) -> FakeWandb:
         self.calls.append((name, *details))
@@ -378,7 +421,25 @@ def test_tracker_axes_rows_and_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert warnings_in(tmp_path) == []
 
 
-def test_tracker_failures_warn_once_and_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tracker_shows_rollouts_as_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    rollouts, rewards = make_rollouts(4)
+    with RunLog(tmp_path, n_grpo_steps=2, wandb_project="p") as log:
+        log.rollouts("train", 1, rollouts, rewards, n=2, group_size=2)
+        log.rollouts("eval", 1, rollouts, rewards, n=0)
+    (row,) = [call[1] for call in wandb.calls if call[0] == "log"]
+    assert (row["grpo_step"], list(row)[1]) == (1, "rollouts/train")
+    table = row["rollouts/train"]
+    written = strict_rows(tmp_path / "rollouts.jsonl")
+    assert [dict(zip(table["columns"], values, strict=True)) for values in table["data"]] == [
+        row | {"truth": "2 or two"} for row in written
+    ]
+
+
+def test_tracker_failures_warn_once_and_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     for fails, expected in (
         ("init", "no connection \\(no route to host\\); kept offline"),
         ("log", "wandb failed, metrics.jsonl goes on without it: CommError: no route to host$"),
@@ -393,6 +454,8 @@ def test_tracker_failures_warn_once_and_the_run_goes_on(tmp_path: Path, monkeypa
     log_with(offline, tmp_path / "offline", monkeypatch)
     assert ("offline",) in offline.calls
     assert "not logged in" in warnings_in(tmp_path / "offline")[0]
+    assert offline.options["name"] == f"{tmp_path.name}/offline"
+    assert f"wandb sync {tmp_path}/offline/wandb/offline-*" in capsys.readouterr().out.splitlines()[-1]
     log_with(None, tmp_path / "missing", monkeypatch)
     (warning,) = warnings_in(tmp_path / "missing")
     assert "ModuleNotFoundError" in warning
@@ -533,3 +596,29 @@ def test_rollouts_of_a_lost_evaluation_are_cut_with_it(tmp_path: Path) -> None:
         assert log.lost_evaluation
     kept = [(row["split"], row["grpo_step"]) for row in strict_rows(tmp_path / "rollouts.jsonl")]
     assert kept == [("eval", 0), ("eval", 0), ("train", 2)]
+
+
+def test_a_full_disk_is_named_and_everything_is_closed(tmp_path: Path) -> None:
+    (tmp_path / "rollouts.jsonl").symlink_to("/dev/full")
+    (tmp_path / "warnings.jsonl").symlink_to("/dev/full")
+    rollouts, rewards = make_rollouts(1)
+    with (
+        pytest.raises(CannotWrite, match=r"rollouts\.jsonl cannot be written: No space left"),
+        RunLog(tmp_path, n_grpo_steps=1) as log,
+    ):
+        log.warn("lost, but no error")
+        log.train_step(1, {"loss": 0.5})
+        log.rollouts("train", 1, rollouts, rewards, n=1)
+    assert [row["grpo_step"] for row in strict_rows(tmp_path / "metrics.jsonl")] == [1]
+    assert json.loads((tmp_path / "status.json").read_text())["status"] == "failed"
+
+
+def test_a_status_that_cannot_be_written_is_told_after_the_rest_is_closed(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, n_grpo_steps=1)
+    (tmp_path / "status.json").mkdir()
+    files = list(log._files.values())
+    with pytest.raises(CannotWrite, match=r"status\.json cannot be written"):
+        log.close("finished")
+    assert all(file.closed for file in files)
+    log.close("finished")  # once is enough
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "rollouts.jsonl", "status.json"]

@@ -174,7 +174,6 @@ def test_mistakes_in_a_file(tmp_path: Path, text: str, complaint: str) -> None:
 
 
 def test_a_reward_that_needs_its_closing_text_scores_nothing_without_it() -> None:
-    everything = "<think>\nso \\boxed{5}\n</think>\n<answer>\n5\n</answer>"
     responses = {
         "r1_zero": "so </think> <answer>5</answer>",
         "question_only": "so \\boxed{5}",
@@ -188,7 +187,7 @@ def test_a_reward_that_needs_its_closing_text_scores_nothing_without_it() -> Non
         return REWARD_FNS[reward]([rollout], grader)[0].total
 
     for reward, closing in CLOSING_TEXTS.items():
-        whole = responses.get(reward.removesuffix("_lenient"), everything)
+        whole = responses[reward]
         assert score(reward, whole) == 1.0
         assert score(reward, whole.partition(closing)[0]) == 0.0
 
@@ -199,7 +198,7 @@ def test_a_reward_that_needs_its_closing_text_scores_nothing_without_it() -> Non
         ["training.stop=[]"],
         ["training.stop=['User:']"],
         ["training.reward_fn=question_only"],
-        ["training.reward_fn=integer_answer"],
+        ["training.reward_fn=question_only", "training.extra_rewards={end_token_penalty: 1}"],
     ],
 )
 def test_a_stop_string_that_no_reward_needs_may_be_cut_off(overrides: list[str]) -> None:

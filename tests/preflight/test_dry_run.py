@@ -62,7 +62,7 @@ def test_the_config_shows_what_differs_or_with_full_everything(config: Config) -
 def test_notes_come_second(config: Config) -> None:
     notes = list(sections_of(describe_run(config)).items())[1]
     assert notes[0] == "worth knowing"
-    assert "3 of 3 validation problems" in notes[1] and "fewer than the 32 prompts per GRPO step" in notes[1]
+    assert "in the training data: 3 of 3" in notes[1] and "fewer than the 32 prompts per GRPO step" in notes[1]
     config.training.top_p = 0.5
     config.training.train_batch_size, config.training.loss_type = 128, "no_baseline"
     text = sections_of(describe_run(config))["worth knowing"]

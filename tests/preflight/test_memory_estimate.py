@@ -58,6 +58,12 @@ def test_config_without_a_size_is_refused():
         count_parameters({name: value for name, value in SMALL.items() if name != "intermediate_size"})
 
 
+@pytest.mark.parametrize("broken", [{"hidden_size": "wide"}, {"num_attention_heads": 0}, {"num_hidden_layers": None}])
+def test_config_with_a_size_that_is_no_number_is_refused(broken):
+    with pytest.raises(ValueError, match=r"config\.json"):
+        estimate_peak_memory(SMALL | broken, Config(), longest_sequence=100)
+
+
 @pytest.mark.parametrize("eight_bit", [False, True])
 def test_optimizer_state(eight_bit):
     if eight_bit:
@@ -151,13 +157,16 @@ print(json.dumps(tracker.mark("after") - before))
 def test_memory_of_the_head(dtype):
     sizes = SMALL | {"vocab_size": 60_000, "hidden_size": 384}
     config = make_config(log_prob_chunk_size=256, dtype=dtype)
-    command = [sys.executable, "-c", HEAD.format(dtype=dtype)]
-    runs = [subprocess.run(command, check=True, capture_output=True, text=True) for _ in range(3)]
-    measured = min(json.loads(run.stdout) for run in runs)  # the system's allocator now and then holds more
     expected = estimate_peak_memory(sizes, config, 600)["log_probs"]
     # processors that multiply bfloat16 themselves work on a rearranged copy of the weights, which no tensor holds
     rearranged = 60_000 * 384 * 2 if dtype == "bfloat16" else 0
-    assert any(size == pytest.approx(measured, rel=0.2) for size in {expected, expected + rearranged})
+    command = [sys.executable, "-c", HEAD.format(dtype=dtype)]
+    measured = []
+    for _ in range(3):  # the system's allocator now and then holds more
+        measured.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+        if any(size == pytest.approx(measured[-1], rel=0.2) for size in (expected, expected + rearranged)):
+            return
+    pytest.fail(f"expected {expected} bytes, measured {measured}")
 
 
 def test_published_model_by_hand():

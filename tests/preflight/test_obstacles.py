@@ -211,6 +211,16 @@ def test_a_hub_model_that_is_not_here_while_offline(monkeypatch) -> None:
     assert "HF_HUB_OFFLINE" in line and "folder" in line
 
 
+def test_sft_refuses_such_a_model_before_torch_is_imported(tmp_path: Path) -> None:
+    command = [sys.executable, ROOT / "play-scripts" / "train_sft.py", "--model", "nobody/no-such-model"]
+    options = ["--data", "rows.jsonl", "--output", str(tmp_path / "sft"), "--steps", "1"]
+    done = subprocess.run(
+        [*command, *options], capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}
+    )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "--model nobody/no-such-model" in done.stderr and "HF_HUB_OFFLINE" in done.stderr
+
+
 @pytest.fixture
 def online(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
@@ -236,7 +246,7 @@ def test_a_hub_that_never_answers_is_soon_given_up(online: pytest.MonkeyPatch) -
 def test_a_hub_that_is_not_there_is_given_up_at_once(online: pytest.MonkeyPatch) -> None:
     online.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     start = time.monotonic()
-    assert "does not answer" in str(hub.why_not_fetched("nobody/model"))
+    assert "does not answer" in str(hub.unavailable("nobody/model"))
     assert time.monotonic() - start < 2
 
 
@@ -249,7 +259,7 @@ def test_what_the_hub_answers_is_left_to_its_client(online: pytest.MonkeyPatch) 
         )
         command = [sys.executable, "-c", code, str(server.fileno())]
         with subprocess.Popen(command, pass_fds=[server.fileno()]):
-            assert hub.why_not_fetched("nobody/model") is None
+            assert hub.unavailable("nobody/model") is None
 
 
 def test_a_model_in_the_cache_needs_no_hub(tmp_path: Path, monkeypatch) -> None:

@@ -79,6 +79,7 @@ def test_an_override_of_a_text_is_taken_as_it_is(text: str) -> None:
     assert read_config([], [f"training.system_prompt={text}"])[0].training.system_prompt == text
 
 
+@settings(max_examples=40)
 @given(
     st.floats(allow_nan=False),
     st.integers(-(10**20), 10**20),

@@ -149,7 +149,7 @@ def test_extra_rewards_add_to_the_total_alone():
 
 def test_unknown_names_list_the_choices():
     for reward_fn, extra in (("r2_zero", {}), ("r1_zero", {"end_penalty": 1.0})):
-        with pytest.raises(ValueError, match=r"r1_zero, question_only, gsm8k, end_token_penalty"):
+        with pytest.raises(ValueError, match=r"r1_zero, question_only, gsm8k, gsm8k_random, end_token_penalty"):
             RewardScorer(reward_fn, extra, Grader())
 
 
@@ -215,3 +215,27 @@ def test_cs336_signatures():
     assert question_only_reward_fn(r"\boxed{\sqrt{8}}", r"2\sqrt{2}") == right
     assert question_only_reward_fn(r"\boxed{6}", "5") == wrong
     assert question_only_reward_fn("5", "5") == neither
+
+
+def test_random_rewards_say_nothing_and_still_measure() -> None:
+    rollouts = [replace_log_probs(rollout(f"#### {i % 10}"), -i / 7) for i in range(400)]
+    with Grader() as grader:
+        scorer = RewardScorer("gsm8k_random", {}, grader)
+        rewards = scorer.score(rollouts)
+        assert scorer.score(rollouts) == rewards  # as a resumed run would
+    assert [reward.answer for reward in rewards] == [float(i % 10 == 5) for i in range(400)]
+    assert all(reward.format == 1.0 for reward in rewards)
+    for answer in (0.0, 1.0):  # right or wrong, a reward of 1 is as likely: within four standard errors
+        totals = [reward.total for reward in rewards if reward.answer == answer]
+        assert set(totals) == {0.0, 1.0} and abs(sum(totals) / len(totals) - 0.5) < 2 / len(totals) ** 0.5
+    same = scorer.main([rollout("#### 5")] * 20, grader=FixedGrader())
+    assert {reward.total for reward in same} == {0.0, 1.0}  # also for responses that are equal to the last bit
+
+
+def replace_log_probs(one: Rollout, log_prob: float) -> Rollout:
+    return dataclasses.replace(one, sampler_log_probs=(log_prob, log_prob))
+
+
+class FixedGrader:
+    def grade(self, pairs: list) -> list[bool]:
+        return [True] * len(pairs)

@@ -12,9 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from utils.rewards.grader import Grader, check_truth, decide_fast, last_box
-from utils.rewards.numbers import parse_number, parse_number_words
+from utils.rewards.numbers import parse_number, parse_number_words, rounds_to
+from utils.rewards.slashes import group_slashes
 from utils.rewards.units import split_unit
 
+SAMPLE = Path(__file__).parents[2] / "data" / "grader_sample.jsonl"
 LABELLED = Path(__file__).parents[3] / "shared" / "grader"
 
 
@@ -225,6 +227,38 @@ def test_equal_answers_match_either_way(grader, prediction, truth):
     assert grader.grade([(prediction, truth), (truth, prediction)]) == [True, True]
 
 
+def test_the_committed_sample_is_graded_right_either_way(grader):
+    """Answers in the ways that people write them: slashes, words, units, inequalities, ratios, tiny numbers."""
+    rows = [json.loads(line) for line in SAMPLE.read_text().splitlines()]
+    pairs = [(row["prediction"], row["truth"]) for row in rows]
+    verdicts = zip(grader.grade(pairs), grader.grade([pair[::-1] for pair in pairs]), strict=True)
+    wrong = [pair for pair, row, both in zip(pairs, rows, verdicts, strict=True) if both != (row["match"],) * 2]
+    assert wrong == []
+
+
+@pytest.mark.parametrize(
+    ("formula", "grouped"),
+    [
+        ("1/2x", r"\frac{1}{2}x"),
+        ("-3/2 x+1", r"-\frac{3}{2} x+1"),
+        ("-b/2a", r"-\frac{b}{2a}"),
+        ("a/b x", r"\frac{a}{b} x"),
+        ("(x+1)/(2)y", r"\frac{(x+1)}{(2)}y"),
+        ("1/(x+1)(x+2)", r"\frac{1}{(x+1)(x+2)}"),
+        ("5!/2!3!", r"\frac{5!}{2!3!}"),
+        (r"\sqrt{1/2 x}/3", r"\frac{\sqrt{\frac{1}{2} x}}{3}"),
+        ("1 1/2 x", r"(1+\frac{1}{2}) x"),
+        (r"1\frac{1}{2}x", r"(1+\frac{1}{2})x"),
+        (r"\sin x/2", r"\sin x/2"),
+        ("1/2/3/4/5/6", "1/2/3/4/5/6"),
+        ("1/", "1/"),
+        (")/(", ")/("),
+    ],
+)
+def test_group_slashes(formula, grouped):
+    assert group_slashes(formula) == grouped
+
+
 def test_results_keep_their_order_and_equal_pairs_are_sent_once(grader):
     before = dict(grader.counters)
     pairs = [(r"\sqrt8", r"2\sqrt2"), ("5", "6"), (r"\sqrt8", r"2\sqrt2"), (r"\sqrt8", r"3\sqrt2"), ("7", "7")]
@@ -311,7 +345,21 @@ def test_parse_number(text, value):
 
 @pytest.mark.parametrize(
     ("words", "value"),
-    [("zero", 0), ("Ninety Nine", 99), ("three thousand", 3000), ("2.5 million", 2_500_000), ("fourty", None)],
+    [
+        ("zero", 0),
+        ("Ninety Nine", 99),
+        ("three thousand", 3000),
+        ("2.5 million", 2_500_000),
+        ("-2 million", -2_000_000),
+        ("two thirds", Fraction(2, 3)),
+        ("two and a half", Fraction(5, 2)),
+        ("negative five", -5),
+        ("6 squared", 36),
+        ("fourty", None),
+        ("5 minus", None),
+        ("9" + " squared" * 300, None),
+        ("101 factorial", None),
+    ],
 )
 def test_parse_number_words(words, value):
     assert parse_number_words(words) == value
@@ -326,6 +374,15 @@ def test_parse_number_words(words, value):
         ("306x", ("306x", "")),
         ("5abcd", ("5abcd", "")),
         ("5cm", ("5", "centimeter")),
+        ("30 mph", ("30", "hour^-1 mile")),
+        ("30 miles/hour", ("30", "hour^-1 mile")),
+        (r"5 \text{m}^{2}/s", ("5", "meter^2 second^-1")),
+        (r"5 \text{m/s}^{2}", ("5", "meter second^-2")),
+        ("6 squared meters", ("6", "meter^2")),
+        ("6 squared", ("6 squared", "")),
+        (r"5 \text{factorial}", (r"5 \text{factorial}", "")),
+        ("5 red marbles", ("5", "marble")),
+        ("5 short", ("5 short", "")),
         ("4:30 pm", ("4:30 pm", "")),
         (r"2 \sin x", (r"2 \sin x", "")),
         (r"\text{C}", (r"\text{C}", "")),
@@ -333,6 +390,23 @@ def test_parse_number_words(words, value):
 )
 def test_split_unit(text, split):
     assert split_unit(text) == split
+
+
+@pytest.mark.parametrize(
+    ("value", "decimal", "right"),
+    [
+        (Fraction(2, 3), "0.67", True),
+        (Fraction(2, 3), "0.66", True),  # cut off
+        (Fraction(2, 3), "0.68", False),
+        (Fraction(2, 3), "1", True),
+        (Fraction(-2, 3), "-0.66", True),
+        (Fraction(-2, 3), "0.67", False),
+        (Fraction(5), "7", False),
+        (Fraction(5), "5.0", True),
+    ],
+)
+def test_rounds_to(value, decimal, right):
+    assert rounds_to(value, decimal) is right
 
 
 integers = st.integers(-(10**12), 10**12)

@@ -420,7 +420,7 @@ def test_the_calling_process_decides_in_bounded_time():
     """The fast path runs in the caller, where nothing could stop it: its patterns must not backtrack."""
     units = [
         "x", "1", "ab", "\\a", "'", "_{a}", "(", "|", ",", "1,234", " ", "{", "\\text{a}", "cm ", "^{2}", "\\pm", "-",
-        ".", "/", "$", "\\\\", "U",
+        ".", "/", "$", "\\\\", "U", " and ", "<", "\\approx ", "x>1 and ", " squared", "\\{x:", " to ", "m/", "about",
     ]  # fmt: skip
     for unit in units:
         for other in units:

@@ -243,18 +243,18 @@ def test_a_kill_before_any_change_on_the_disk_leaves_whole_checkpoints(tmp_path,
     for n_calls in range(n_changes):
         folder = tmp_path / f"killed_{n_calls}"
         assert run(folder, n_calls) is None
-        found = Checkpoints(folder, keep=1)  # a new start, which cleans up
-        found.tidy()
-        newest = found.newest()
+        restarted = Checkpoints(folder, keep=1)  # a new start, which cleans up
+        restarted.tidy()
+        newest = restarted.newest()
         assert newest is not None or reached == 0
         reached = max(reached, int(newest.name[-6:]) if newest else 0)
         assert newest is None or int(newest.name[-6:]) == reached
-        assert all(is_whole(path) for path in found.steps())
+        assert all(is_whole(path) for path in restarted.steps())
         if newest is not None:
             assert (folder / "best").resolve().name == "step_000001"
             assert (folder / "last").resolve() == newest.resolve()
         policy, optimizer = parts()
-        assert found.save(TrainState(steps_done=4), policy, tokenizer, optimizer) is None
+        assert restarted.save(TrainState(steps_done=4), policy, tokenizer, optimizer) is None
         left = ["best", "last", *(["step_000001"] if newest else []), "step_000004"]
         assert names(folder) == (left if newest else left[1:])
     assert reached == 3
@@ -299,7 +299,7 @@ def test_a_disk_that_refuses_at_any_point_keeps_the_old_checkpoint(tmp_path, tok
     assert (1 + adam) * weights <= second.needed_bytes <= (1 + adam) * weights + 10_000
     assert second.free_bytes > 0
     assert "GRPO step 2 was not saved" in str(second)
-    assert str(second).endswith(f"{tmp_path / 'run' / 'step_000001'} stands")  # EFBIG: no space would help
+    assert str(second).endswith(f"{tmp_path / 'run' / 'step_000001'} is kept")  # EFBIG: no space would help
     assert third is None
     assert after is None
     assert names(tmp_path / "run") == ["last", "step_000003"]

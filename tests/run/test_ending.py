@@ -5,15 +5,17 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
-from utils.run.ending import Status, StopRequest, TimeLimit
+from utils.run.ending import Status, StoppedWhileLoading, StopRequest, TimeLimit
 
 LOOP = """
-import time
+import signal, time
 from utils.run.ending import Status, StopRequest
 
+signal.signal(signal.SIGHUP, signal.{hangup})
 with StopRequest() as stop:
     {before}
     stop.install()
@@ -27,14 +29,14 @@ raise SystemExit(Status.STOPPED_BY_SIGNAL)
 HANG_IN_C = "import ctypes; ctypes.PyDLL(None).sleep(600)"  # holds the interpreter lock: no Python code runs
 
 
-def start(before: str = "pass", after: str = "pass") -> subprocess.Popen:
-    code = LOOP.format(before=before, after=after)
+def start(before: str = "pass", after: str = "pass", hangup: str = "SIG_DFL") -> subprocess.Popen:
+    code = LOOP.format(before=before, after=after, hangup=hangup)
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "ready\n"
     return process
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_first_signal_lets_the_program_end_by_itself(number):
     process = start()
     process.send_signal(number)
@@ -45,7 +47,7 @@ def test_first_signal_lets_the_program_end_by_itself(number):
     assert "Traceback" not in errors
 
 
-@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("hang", ["time.sleep(600)", HANG_IN_C], ids=["python", "c"])
 def test_second_signal_ends_at_once_whatever_the_program_does(second, hang):
     process = start(after=hang)
@@ -62,6 +64,25 @@ def test_handlers_that_a_library_installs_are_replaced():
     process.send_signal(signal.SIGTERM)
     assert process.communicate()[0] == "saving\n"
     assert process.returncode == Status.STOPPED_BY_SIGNAL
+
+
+def test_a_hangup_that_nohup_has_ignored_stays_ignored():
+    process = start(hangup="SIG_IGN")
+    process.send_signal(signal.SIGHUP)
+    time.sleep(0.2)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    output, errors = process.communicate()
+    assert output == "saving\n"
+    assert "SIGHUP" not in errors
+
+
+def test_a_request_while_loading_is_an_exception_that_says_that_nothing_was_saved():
+    with StopRequest() as stop:
+        stop.check_while_loading()
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(StoppedWhileLoading, match=r"SIGTERM while loading: .*nothing was saved"):
+            stop.check_while_loading()
 
 
 def test_installing_again_after_the_first_signal_keeps_the_second_deadly():

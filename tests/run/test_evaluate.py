@@ -27,7 +27,7 @@ def test_pass_at_k_is_the_chance_of_a_right_one_among_k(case: tuple[int, int, in
 
 
 def test_pass_at_k_needs_k_samples() -> None:
-    with pytest.raises(ValueError, match="pass@5 needs at least 5 samples a problem, there are 4"):
+    with pytest.raises(ValueError, match="pass@5 needs at least 5 samples per problem, there are 4"):
         pass_at_k(4, 1, 5)
 
 

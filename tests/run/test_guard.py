@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from configs.defaults import Config
+from configs.defaults import Config, Training
 from utils.run.guard import Advisor, CollapseGuard, Verdict
 
 REFERENCE = Path(__file__).parents[3] / "shared" / "reference"
@@ -114,7 +114,7 @@ def test_responses_shrinking_to_a_few_tokens_are_caught(knows_reward):
 
 
 def test_shortening_to_a_hundred_tokens_while_reward_falls_is_caught():
-    """Too many optimizer steps a GRPO step: reward and lengths fall after step 15; spikes throughout."""
+    """Too many optimizer steps per GRPO step: reward and lengths fall after step 15; spikes throughout."""
     rows = {}
     for step in range(31):
         length = 441 - 18 * step if step < 15 else max(100, 190 - 15 * (step - 15))
@@ -339,3 +339,18 @@ def test_advice_is_not_repeated_after_a_resume():
     resumed = Advisor(config)
     resumed.load_state_dict(json.loads(json.dumps(advisor.state_dict())))
     assert [step for step in range(10, 30) if resumed.observe(step, rows[0])] == [24]
+
+
+def test_advice_names_only_what_there_is():
+    rows = [{"train/frac_zero_std_groups": 1.0, "train/frac_truncated": 0.5}] * 6
+
+    def said(**training: object) -> str:
+        config = Config(training=Training(**training))
+        advisor = Advisor(config)
+        return " ".join(text for step, row in enumerate(rows) for text in advisor.observe(step, row))
+
+    usual = said()
+    assert "stop strings" in usual and "view_rollouts.py" in usual
+    assert "stop strings" not in said(stop=[])
+    assert "view_rollouts.py" not in said(n_rollouts_to_log=0)
+    assert "training.n_rollouts_to_log" in said(eval_interval=None)

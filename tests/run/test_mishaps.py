@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -31,7 +33,9 @@ from safetensors.torch import load_file
 
 from utils.algorithm import update
 from utils.engines import transformers_engine
+from utils.log import run_log
 from utils.log.checkpoints import OPTIMIZER_FILE, STATE_FILE, saved_checkpoints
+from utils.preflight import disk
 from utils.run import guard
 from utils.run.ending import Status
 
@@ -77,6 +81,65 @@ def test_a_disk_full_to_the_end_is_no_success(world, tmp_path):
     assert "GRPO step 6 was not saved" in printed_file(output).read_text()
     assert finish([*arguments(world, output), "--resume"]) == Status.FINISHED
     assert int((output / "checkpoints" / "last").readlink().name[-6:]) == N_STEPS
+
+
+def test_a_log_that_cannot_be_written_closes_everything_with_one_message(world, tmp_path):
+    """rollouts.jsonl leads to a device on which no space is ever left; the evaluation after step 2 wants to write."""
+    output = tmp_path / "run"
+    assert finish(arguments(world, output, "training.n_grpo_steps=1", "training.eval_interval=null")) == 0
+    rollouts = output / "rollouts.jsonl"
+
+    def fill_disk() -> None:
+        original = run_log.cut_rows
+
+        def cut_rows(path, *steps):
+            outcome = original(path, *steps)
+            if path == rollouts:
+                path.unlink(missing_ok=True)
+                path.symlink_to("/dev/full")
+            return outcome
+
+        run_log.cut_rows = cut_rows
+
+    printed_file(output).unlink()
+    process = launch([*arguments(world, output), "--resume"], fill_disk)
+    process.join()
+    assert process.exitcode == Status.ERROR
+    printed = printed_file(output).read_text()
+    assert "Traceback" not in printed
+    (line,) = [line for line in printed.splitlines() if "error" in line.lower()]
+    assert line.startswith(f"error: {rollouts} cannot be written: No space left on device")
+    assert f"The newest checkpoint is {output / 'checkpoints' / 'step_000001'}; the same command with --resume" in line
+    status = json.loads((output / "status.json").read_text())
+    assert (status["status"], "No space left" in status["detail"]) == ("failed", True)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in children_in_session(process.pid))
+
+
+def children_in_session(session: int) -> list[str]:
+    """Processes that are left of a process that led a session."""
+    left = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+            if int(fields[3]) == session and fields[0] != "Z":
+                left.append(folder.name)
+    return left
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_refused_at_the_start_and_by_the_dry_run(world, tmp_path, capsys):
+    output = tmp_path / "run"
+
+    def fill_disk() -> None:
+        usage = disk.shutil.disk_usage(tmp_path)
+        disk.shutil.disk_usage = lambda path: usage._replace(free=100_000)
+
+    for flags in ([], ["--dry-run"]):
+        assert finish([*arguments(world, output), *flags], fill_disk) == Status.USER_MISTAKE
+        (line,) = [text for text in printed_file(output).read_text().splitlines() if "a checkpoint takes" in text]
+        printed_file(output).unlink()
+        needed = float(re.search(r"a checkpoint takes about (\S+) GB, and 0.0001 GB are free there", line)[1])
+        assert needed == pytest.approx(3 * (world / "model" / "model.safetensors").stat().st_size / 1e9, rel=0.1)
+        assert not output.exists()
 
 
 def contents(folder: Path) -> dict[str, bytes | str]:
@@ -149,8 +212,9 @@ def test_a_lost_evaluation_is_made_again_and_rows_without_a_step_are_left_out(wo
     assert finish([*arguments(world, output), "--resume"]) == Status.FINISHED
     assert_equal_runs(output, reference)
     warnings = [row["warning"] for row in rows_of(output / "warnings.jsonl")]
-    assert len(warnings) == 3
-    assert f"the evaluation at GRPO step {N_STEPS} is missing, so it is made again" in warnings[2]
+    about_metrics = [text for text in warnings if text.startswith(str(output / "metrics.jsonl"))]
+    assert len(about_metrics) == 3
+    assert f"the evaluation at GRPO step {N_STEPS} is missing, so it is made again" in about_metrics[2]
 
 
 def test_fewer_steps_than_done_are_refused(world, tmp_path):
@@ -270,3 +334,37 @@ def test_a_collapse_stops_the_run_with_a_save_where_the_config_says_so(world, tm
     assert finish(arguments(world, warned, *options), lambda: setattr(guard, "REPEAT_INTERVAL", 4)) == Status.FINISHED
     warnings = [row["grpo_step"] for row in rows_of(warned / "warnings.jsonl") if "collapse" in row["warning"]]
     assert warnings == list(range(last, 17, 4))
+
+
+def test_a_collapse_is_evaluated_before_it_is_told(world, tmp_path):
+    """Lengths alone tell of it, long before the next evaluation is due."""
+    output = tmp_path / "run"
+    options = ["training.eval_interval=1000", "training.learning_rate=1.0", "training.n_grpo_steps=30"]
+    assert finish(arguments(world, output, *options, "guard.action=stop", "guard.patience=2")) == Status.COLLAPSED
+    last = trained_steps(output)[-1]
+    assert [row["eval_step"] for row in metrics_of(output) if "eval_step" in row] == [0, last]
+    (told,) = [row for row in rows_of(output / "warnings.jsonl") if "collapse" in row["warning"]]
+    assert told["grpo_step"] == last
+    assert "eval/reward 0" in told["warning"]
+    printed = printed_file(output).read_text()
+    assert printed.index(f"eval {last:2}/30") < printed.index("collapse at GRPO step")
+
+
+def test_the_best_is_kept_without_a_checkpoint_interval(world, reference, tmp_path):
+    output = tmp_path / "run"
+    assert finish(arguments(world, output, "training.checkpoint_interval=null")) == Status.FINISHED
+    rewards = {row["eval_step"]: row["eval/reward"] for row in metrics_of(reference) if row.get("eval_step", 0) > 0}
+    first = metrics_of(reference)[0]["eval/reward"]
+    best = max(rewards, key=rewards.get)
+    if rewards[best] > first:
+        assert (output / "checkpoints" / "best").readlink() == Path(f"step_{best:06d}")
+    saved = sorted(path.name for path in (output / "checkpoints").glob("step_*"))
+    assert saved[-1] == f"step_{N_STEPS:06d}"
+
+
+def test_a_resume_of_nothing_is_told_loudly(world, tmp_path):
+    output = tmp_path / "run"
+    assert finish([*arguments(world, output, "training.n_grpo_steps=1"), "--resume"]) == Status.FINISHED
+    (told,) = [row["warning"] for row in rows_of(output / "warnings.jsonl") if "NO RUN" in row["warning"]]
+    assert str(output) in told
+    assert f"warning: --resume: {output} held NO RUN" in printed_file(output).read_text()

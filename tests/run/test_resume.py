@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import pty
 import random
 import shutil
 import signal
@@ -32,6 +33,7 @@ from run_cases import (
 from safetensors.torch import load_file
 
 from utils.algorithm import log_probs
+from utils.run import build
 from utils.run.checkpoint import OPTIMIZER_FILE
 from utils.run.ending import Status
 
@@ -50,7 +52,7 @@ def test_the_reference_run_learns_something(world, reference):
 
 def test_validation_that_is_trained_on_is_reported_before_the_first_step(reference):
     lines = printed_file(reference).read_text().splitlines()
-    (place,) = [i for i, line in enumerate(lines) if "20 of 20 validation problems" in line]
+    (place,) = [i for i, line in enumerate(lines) if "in the training data: 20 of 20" in line]
     assert place < next(i for i, line in enumerate(lines) if "reward" in line)
 
 
@@ -105,12 +107,13 @@ def test_killed_at_random_instants_and_resumed_it_ends_bit_identical(world, tmp_
     assert_equal_runs(output, undisturbed)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_the_run_with_a_save_and_the_resumed_run_is_the_same(world, reference, tmp_path, number):
     """At three different moments each: before the first step, in a step, and again after a resume."""
     output, statuses = tmp_path / "run", []
     for n_rows in (1, 2, 5):
-        process = launch([*arguments(world, output), *(["--resume"] if output.exists() else [])])
+        options = [*arguments(world, output), *(["--resume"] if output.exists() else [])]
+        process = launch(options, lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))
         wait_for(process, lambda n_rows=n_rows: len(rows_of(output / "metrics.jsonl")) >= n_rows)
         os.killpg(process.pid, number)  # as a terminal does: to the grading processes too
         process.join()
@@ -125,14 +128,49 @@ def test_a_signal_ends_the_run_with_a_save_and_the_resumed_run_is_the_same(world
     assert_equal_runs(output, reference)
 
 
+def test_a_terminal_that_closes_ends_the_run_with_a_save(world, reference, tmp_path):
+    """The whole command in a terminal of its own, which is gone when the run wants to say that it saves."""
+    output = tmp_path / "run"
+    child, terminal = pty.fork()
+    if child == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        os.execv(sys.executable, [sys.executable, str(ROOT / "train_grpo.py"), *arguments(world, output)])
+    while len(trained_steps(output)) < 2:
+        os.read(terminal, 65536)
+    os.close(terminal)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == Status.STOPPED_BY_SIGNAL
+    assert (output / "checkpoints" / "last").resolve().name == f"step_{trained_steps(output)[-1]:06d}"
+    assert finish([*arguments(world, output), "--resume"]) == Status.FINISHED
+    assert_equal_runs(output, reference)
+
+
+def test_a_signal_while_the_model_loads_leaves_the_folder_as_it_was(world, tmp_path):
+    def interrupt() -> None:
+        original = build.load_policy
+
+        def load_policy(*args):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return original(*args)
+
+        build.load_policy = load_policy
+
+    output = tmp_path / "runs" / "run"
+    output.parent.mkdir()
+    assert finish(arguments(world, output), interrupt) == Status.STOPPED_BY_SIGNAL
+    assert not output.exists()
+    assert "nothing was saved" in printed_file(output).read_text()
+
+
 def count_microbatches(counted: list[int], at: int, action: Callable[[], None]) -> None:
     """Do something in the middle of the n-th microbatch of this process."""
     original = log_probs.policy_log_probs  # called by the inner loop for each microbatch
 
     def policy_log_probs(*args, **kwargs):
-        counted.append(1)
-        if len(counted) == at:
-            action()
+        if torch.is_grad_enabled():  # old log-probs come from the same function, without a gradient
+            counted.append(1)
+            if len(counted) == at:
+                action()
         return original(*args, **kwargs)
 
     log_probs.policy_log_probs = policy_log_probs
@@ -242,3 +280,29 @@ def test_with_vllm_a_killed_run_ends_the_same(world, tmp_path):
     assert start(output, "--resume").wait() == Status.FINISHED
     assert trained_steps(output) == list(range(1, N_STEPS + 1))
     assert_equal_runs(output, undisturbed)
+
+
+def test_a_kill_with_refill_retirement_schedule_and_kl_on_leaves_no_trace(world, tmp_path):
+    """All that samples, draws or trains by what came before it, in one run."""
+    options = [
+        "training.refill_groups=true",
+        "training.max_generation_rounds=3",
+        "training.retire_pass_rate=0.5",
+        "training.kl_coef=0.05",
+        "training.reference_dtype=float32",
+        "training.warmup_steps=2",
+        "training.lr_schedule=cosine",
+        "training.sampler_correction=tis",
+        "training.overlong_buffer=4",
+    ]
+    whole, output = tmp_path / "whole", tmp_path / "run"
+    assert finish(arguments(world, whole, *options)) == Status.FINISHED
+    rounds = [row["train/generation_rounds"] for row in rows_of(whole / "metrics.jsonl") if "grpo_step" in row]
+    assert max(rounds) > 1
+    for n_rows in (3, 6):
+        process = launch([*arguments(world, output, *options), *(["--resume"] if output.exists() else [])])
+        wait_for(process, lambda n_rows=n_rows: len(rows_of(output / "metrics.jsonl")) >= n_rows)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.join()
+    assert finish([*arguments(world, output, *options), "--resume"]) == Status.FINISHED
+    assert_equal_runs(output, whole)

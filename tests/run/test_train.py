@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import fcntl
 import json
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import made_once
 from quickstart_cases import ROOT, command_line, rows, train
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from utils.log.output import claimed
 from utils.preflight.model_files import is_local
 from utils.run.build import what_resume_found
+from utils.run.ending import Status
 
 TIMES = ("_dt", "time", "tokens_per_second", "memory_gb")
 
@@ -35,19 +36,16 @@ def without_times(rows: list[dict]) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def finished_run(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("runs") / "whole"
-    done = train(
-        tiny_world,
-        output,
-        "training.min_tokens=0",
-        "training.n_grpo_steps=12",
-        "training.eval_interval=4",
-        "training.checkpoint_interval=5",
-    )
-    assert done.returncode == 0, done.stderr
-    for word in ("metrics.jsonl", "rollouts.jsonl", "checkpoints/last", "checkpoints/best", "reward_curve.png"):
-        assert str(output / word) in done.stdout
-    return output
+    options = ("min_tokens=0", "n_grpo_steps=12", "eval_interval=4", "checkpoint_interval=5")
+
+    def make(folder: Path) -> None:
+        output = folder / "whole"
+        done = train(tiny_world, output, *(f"training.{option}" for option in options))
+        assert done.returncode == 0, done.stderr
+        for word in ("metrics.jsonl", "rollouts.jsonl", "checkpoints/last", "checkpoints/best", "reward_curve.png"):
+            assert str(output / word) in done.stdout
+
+    return made_once(tmp_path_factory, "finished_run", make) / "whole"
 
 
 @pytest.mark.slow
@@ -150,7 +148,7 @@ def test_a_folder_that_another_process_runs_in_is_left_alone(tiny_model_dir: Pat
         ("paths.model_path=nowhere/model/here", "paths.model_path = 'nowhere/model/here': no config.json there"),
         ("training.reward_fn=r2_zero", "training.reward_fn = 'r2_zero' (command line): no reward function 'r2_zero'"),
         ("training.max_prompt_tokens=2", "max_prompt_tokens is 2"),
-        ("training.max_tokens=5000", "leaves no room for a prompt in the model's context of 2048 tokens"),
+        ("training.max_tokens=5000", "2048 tokens; lower it"),
         ("training.use_chat_template=true", "has no chat template"),
         ("training.device=cuda:0", "no NVIDIA GPU here; set training.device=cpu"),
     ],
@@ -200,27 +198,30 @@ def test_a_claim_holds_until_its_file_is_closed(tmp_path: Path) -> None:
         pass
 
 
-def test_an_interrupt_while_torch_is_imported_is_one_line(tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_an_interrupt_while_torch_is_imported_has_nothing_to_save(tiny_model_dir: Path, tmp_path: Path) -> None:
     command = command_line(one_problem(tiny_model_dir, tmp_path), tmp_path / "run")
     probe = """if True:
-        import runpy, sys
+        import runpy, signal, sys
         class Interrupt:
             def find_spec(self, name, *_):
-                if name == "torch":
-                    raise KeyboardInterrupt
+                if name == "torch" and signal.getsignal(signal.SIGINT) is not signal.SIG_DFL:
+                    signal.raise_signal(signal.SIGINT)
         sys.meta_path.insert(0, Interrupt())
         sys.argv = sys.argv[1:]
         runpy.run_path(sys.argv[0], run_name="__main__")
     """
     done = subprocess.run([sys.executable, "-c", probe, *command[1:]], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == -signal.SIGINT  # which a shell shows as 130
-    assert done.stderr == "\ninterrupted before the run began\n"
+    assert done.returncode == Status.STOPPED_BY_SIGNAL
+    assert done.stderr.splitlines()[-1].startswith("stopped by SIGINT while loading: ")
+    assert "nothing was saved" in done.stderr
+    assert "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
 
 
 def test_a_resume_says_what_it_found() -> None:
     folder = Path("runs/a")
     assert what_resume_found(folder, 0, 8) == "no checkpoint in runs/a yet: starting from the beginning"
+    assert "runs/a held NO RUN, so a new one starts there" in what_resume_found(folder, 0, 8, held_run=False)
     assert what_resume_found(folder, 3, 8) == "resuming after GRPO step 3 of 8"
     done = what_resume_found(folder, 8, 8)
     assert done.startswith("runs/a holds a run that has done 8 of 8 GRPO steps: nothing is left to train")

@@ -13,7 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from configs.defaults import Training
-from utils.algorithm.losses import Loss, LossInputs, length_denominators
+from utils.algorithm.aggregation import length_denominators
+from utils.algorithm.loss_inputs import LossInputs
+from utils.algorithm.losses import Loss
 from utils.algorithm.packing import Packing, is_packable, pack
 from utils.records import Rollout
 from utils.seeding import derive_seed
@@ -37,6 +39,7 @@ class TrainBatch:
     reference_log_probs: Tensor | None = None  # (B, T-1)
     has_gradient: Tensor | None = None  # (B,) bool: rollouts that go through the model; None: all
     denominators: Tensor | None = None  # (B,) what each sequence's summed loss is divided by
+    vocabulary_size: int | None = None  # ids from here on were never sampled, and have no probability; None: all have
 
     @property
     def rows_with_gradient(self) -> Tensor:
@@ -44,8 +47,19 @@ class TrainBatch:
         return torch.ones(len(self.rewards), dtype=torch.bool) if self.has_gradient is None else self.has_gradient
 
 
-def make_train_batch(rollouts: Sequence[Rollout], rewards: Tensor, advantages: Tensor, pad_id: int) -> TrainBatch:
-    """The very ids that were sampled, with rewards and advantages (B,), as tensors on the CPU."""
+def make_train_batch(
+    rollouts: Sequence[Rollout],
+    rewards: Tensor,
+    advantages: Tensor,
+    vocabulary_size: int | None = None,
+    mask_truncated: bool = False,
+    pad_id: int = 0,
+) -> TrainBatch:
+    """The very ids that were sampled, with rewards and advantages (B,), as tensors on the CPU.
+
+    With `mask_truncated` no token of a response that ran into max_tokens is trained on. Any `pad_id` will do, since
+    masks come from lengths, and no real token sees what is to its right.
+    """
     prompts = [rollout.prompt.token_ids for rollout in rollouts]
     responses = [rollout.response_ids for rollout in rollouts]
     input_ids = pad([p + r for p, r in zip(prompts, responses, strict=True)], pad_id)
@@ -54,6 +68,8 @@ def make_train_batch(rollouts: Sequence[Rollout], rewards: Tensor, advantages: T
     sampler_log_probs = torch.zeros(mask.shape, dtype=torch.float32)
     # a mask lists its True entries row by row, which is the order of the rollouts
     sampler_log_probs[mask] = torch.tensor([lp for rollout in rollouts for lp in rollout.sampler_log_probs])
+    if mask_truncated:
+        mask = mask & ~torch.tensor([[rollout.truncated] for rollout in rollouts])
     return TrainBatch(
         input_ids=input_ids,
         response_mask=mask,
@@ -61,6 +77,7 @@ def make_train_batch(rollouts: Sequence[Rollout], rewards: Tensor, advantages: T
         rewards=rewards,
         advantages=advantages,
         sampler_log_probs=sampler_log_probs,
+        vocabulary_size=vocabulary_size,
     )
 
 
@@ -71,7 +88,10 @@ def mark_gradients(batch: TrainBatch, loss: Loss, training: Training) -> TrainBa
     """
     if not training.skip_zero_advantage:
         return batch
-    return replace(batch, has_gradient=loss.has_gradient(batch.rewards, batch.advantages))
+    has_gradient = loss.has_gradient(batch.rewards, batch.advantages, training)
+    if training.mask_truncated:
+        has_gradient = has_gradient & batch.response_mask.any(dim=1)
+    return replace(batch, has_gradient=has_gradient)
 
 
 def pad_id_of(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -111,6 +131,7 @@ class Microbatch:
     reference_log_probs: Tensor | None  # (M, t-1)
     denominators: Tensor | None  # (M,)
     packing: Packing | None  # the same tokens without padding, for policies that take them so
+    vocabulary_size: int | None
 
     def loss_inputs(self, policy_log_probs: Tensor) -> LossInputs:
         """What a loss sees of these rows, with log-probs (M, t-1) under the weights now."""
@@ -134,8 +155,8 @@ def minibatches(n_rollouts: int, training: Training, steps_done: int) -> Iterato
 
 def microbatches(policy: torch.nn.Module, batch: TrainBatch, rows: Tensor, training: Training) -> Iterator[Microbatch]:
     """Cut the rows (N,) of a minibatch that have a gradient into microbatches, on the policy's device."""
-    denominators = torch.ones(len(batch.rewards))
-    denominators[rows] = length_denominators(batch.response_mask[rows], training)
+    denominators = torch.ones(len(batch.rewards), dtype=torch.float64)
+    denominators[rows] = length_denominators(batch.response_mask[rows], rows // training.group_size, training)
     batch = replace(batch, denominators=denominators)
     trained = rows[batch.rows_with_gradient[rows]]
     # a prompt is computed once for the rows that stay together
@@ -172,6 +193,7 @@ def take_microbatch(policy: torch.nn.Module, batch: TrainBatch, rows: Tensor) ->
         reference_log_probs=picked(batch.reference_log_probs),
         denominators=picked(batch.denominators),
         packing=pack(input_ids, mask).to(device) if is_packable(policy) and mask.any() else None,
+        vocabulary_size=batch.vocabulary_size,
     )
 
 

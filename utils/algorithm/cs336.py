@@ -12,16 +12,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from configs.defaults import Training
+from utils.algorithm.advantages import compute_advantages, zero_std_groups
+from utils.algorithm.aggregation import aggregate_loss, length_denominators
 from utils.algorithm.batch import lengths_of, pad, pad_id_of, response_mask
 from utils.algorithm.log_probs import compute_entropy, get_response_log_probs
-from utils.algorithm.losses import (
-    LossInputs,
-    aggregate_loss,
-    compute_advantages,
-    find_loss,
-    length_denominators,
-    zero_std_groups,
-)
+from utils.algorithm.loss_inputs import LossInputs
+from utils.algorithm.losses import find_loss
 
 __all__ = [
     "compute_entropy",
@@ -164,7 +160,7 @@ def grpo_microbatch_train_step(
         train_batch_size=n_rows,
         gradient_accumulation_steps=1,
     )
-    denominators = length_denominators(response_mask, settings)
+    denominators = length_denominators(response_mask, torch.arange(n_rows), settings)
     loss = aggregate_loss(per_token, response_mask.bool(), denominators, n_rows * gradient_accumulation_steps)
     loss.backward()
     return loss.detach(), metadata

@@ -8,15 +8,14 @@ it must agree with.
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from configs.defaults import Training
 from utils.algorithm.batch import Microbatch
+from utils.algorithm.head import Head, find_head
 from utils.algorithm.packing import Packing, is_packable, pack, packed_hidden_states
 from utils.algorithm.policy import autocast
 
@@ -25,8 +24,6 @@ from utils.algorithm.policy import autocast
 TAKES_MASK_BY_LAYER_TYPE = {"qwen2", "qwen3"}
 # With these, no mask means causal; eager attention without a mask looks at the future.
 CAUSAL_WITHOUT_MASK = {"sdpa", "flash_attention_2", "flash_attention_3", "packed_sdpa", "packed_eager"}
-
-_plain_heads: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def policy_log_probs(
@@ -43,6 +40,7 @@ def policy_log_probs(
             with_entropy=with_entropy,
             response_index=microbatch.response_index,
             packing=microbatch.packing,
+            vocabulary_size=microbatch.vocabulary_size,
         )
 
 
@@ -86,6 +84,7 @@ def response_log_probs(
     with_entropy: bool = False,
     response_index: Tensor | None = None,
     packing: Packing | None = None,
+    vocabulary_size: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probs of response tokens under softmax(logits / temperature), and that distribution's entropy, in nats.
 
@@ -103,6 +102,8 @@ def response_log_probs(
         response_index: (N,) int64, `response_mask.flatten().nonzero()`, if it was computed before: finding it on an
             accelerator makes the host wait for the device.
         packing: `pack(input_ids, response_mask)`, if it was computed before, for the same reason.
+        vocabulary_size: ids from here on have no probability; None: all ids have. Models pad their vocabulary beyond
+            the tokenizer's, and no engine samples such an id.
 
     Returns:
         log_probs (B, T-1) float32, with gradient, and entropy (B, T-1) float32 or None; both 0 outside the mask.
@@ -114,7 +115,8 @@ def response_log_probs(
     hidden_index = response_index + response_index // response_mask.shape[1]
     labels = input_ids.flatten().index_select(0, hidden_index + 1)
 
-    if has_plain_head(policy):
+    head = find_head(policy)
+    if head is not None:
         if is_packable(policy) and len(response_index):
             if packing is None:
                 packing = pack(input_ids.cpu(), response_mask.cpu()).to(input_ids.device)
@@ -125,9 +127,12 @@ def response_log_probs(
         if torch.is_autocast_enabled(hidden.device.type):
             autocast_dtype = torch.get_autocast_dtype(hidden.device.type)
             hidden, weight = hidden.to(autocast_dtype), weight.to(autocast_dtype)
-        log_probs, entropy = chunked_log_probs(hidden, weight, labels, temperature, chunk_size, with_entropy)
+        log_probs, entropy = chunked_log_probs(
+            hidden, weight, labels, temperature, chunk_size, with_entropy, vocabulary_size, head
+        )
     else:
         logits = policy(input_ids, use_cache=False).logits.flatten(0, 1).index_select(0, hidden_index)
+        logits = logits[:, :vocabulary_size]
         logits = logits.to(_wide(logits.dtype)) / temperature
         log_probs = logits.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
         entropy = compute_entropy(logits.detach()) if with_entropy else None
@@ -152,42 +157,6 @@ def _hidden_states(policy: nn.Module, input_ids: Tensor) -> Tensor:
     return policy.get_decoder()(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state
 
 
-@torch.no_grad()
-def has_plain_head(policy: nn.Module) -> bool:
-    """Whether the policy's logits are its backbone's last hidden states times the head's weight, and nothing else.
-
-    Some models scale or cap their logits, or scale what goes into the head. The answer is found by looking: what goes
-    into the head in a forward pass is compared with the hidden states, and the head's output is replaced by large
-    known values that must come back as the logits. Asked once a policy, outside the training loop's hot path.
-    """
-    if policy not in _plain_heads:
-        head = policy.get_output_embeddings()
-        ids = torch.zeros(1, 2, dtype=torch.long, device=head.weight.device)
-        seen = {}
-
-        def replace_output(_module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-            seen["input"] = inputs[0]
-            seen["output"] = torch.linspace(-100, 100, output.numel()).to(output).view_as(output)
-            return seen["output"]
-
-        with head.register_forward_hook(replace_output), torch.compiler.set_stance("force_eager"):
-            logits = policy(ids, use_cache=False).logits
-        plain = (
-            type(head) is nn.Linear
-            and head.bias is None
-            and torch.equal(logits.float(), seen["output"].float())
-            and torch.allclose(seen["input"], _hidden_states(policy, ids))
-        )
-        if not plain:
-            warnings.warn(
-                f"{type(policy).__name__} does more to its logits than one matrix product: log-probs are computed "
-                "from full logits, which takes more memory",
-                stacklevel=2,
-            )
-        _plain_heads[policy] = plain
-    return _plain_heads[policy]
-
-
 def chunked_log_probs(
     hidden: Tensor,
     weight: Tensor,
@@ -195,12 +164,17 @@ def chunked_log_probs(
     temperature: float = 1.0,
     chunk_size: int = 2048,
     with_entropy: bool = False,
+    vocabulary_size: int | None = None,
+    head: Head | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Hidden states (N, H), head weight (V, H), labels (N,) -> log-probs (N,) and entropy (N,) or None, float32, nats.
 
-    Both are of softmax(hidden @ weight.T / temperature); gradients flow through the log-probs alone.
+    Both are of softmax(logits / temperature) over the first `vocabulary_size` ids (None: all), where logits are
+    hidden @ weight.T, scaled and capped if `head` says so; gradients flow through the log-probs alone.
     """
-    return _ChunkedHead.apply(hidden, weight, labels, temperature, chunk_size, with_entropy)
+    return _ChunkedHead.apply(
+        hidden, weight, labels, temperature, chunk_size, with_entropy, vocabulary_size, head or Head()
+    )
 
 
 class _ChunkedHead(torch.autograd.Function):
@@ -220,7 +194,10 @@ class _ChunkedHead(torch.autograd.Function):
         temperature: float,
         chunk_size: int,
         with_entropy: bool,
+        vocabulary_size: int | None,
+        head: Head,
     ) -> tuple[Tensor, Tensor | None]:
+        known = weight[:vocabulary_size]  # a view: inside, so that no gradient of a slice has to be put back
         log_probs = torch.empty(len(labels), dtype=_wide(hidden.dtype), device=hidden.device)
         log_normalizers = torch.empty_like(log_probs)
         entropy = torch.empty_like(log_probs) if with_entropy else None
@@ -228,14 +205,15 @@ class _ChunkedHead(torch.autograd.Function):
         for start in range(0, len(labels), chunk_size):
             rows = slice(start, start + chunk_size)
             log_softmax = None  # freed before the next chunk is made
-            log_softmax = _scaled_logits(hidden[rows], weight, temperature)
+            log_softmax = _scaled_logits(hidden[rows], known, temperature, head)
             log_normalizers[rows] = log_softmax.logsumexp(-1)
             log_softmax.sub_(log_normalizers[rows, None])
             log_probs[rows] = log_softmax.gather(-1, labels[rows, None]).squeeze(-1)
             if entropy is not None:
                 entropy[rows] = log_softmax.exp().mul_(log_softmax).sum(-1).neg_()
         ctx.save_for_backward(hidden, weight, labels, log_normalizers)
-        ctx.temperature, ctx.chunk_size, ctx.last_log_softmax = temperature, chunk_size, log_softmax
+        ctx.temperature, ctx.chunk_size, ctx.head, ctx.last_log_softmax = temperature, chunk_size, head, log_softmax
+        ctx.vocabulary_size = vocabulary_size
         if entropy is not None:
             ctx.mark_non_differentiable(entropy)
         return log_probs, entropy
@@ -244,29 +222,38 @@ class _ChunkedHead(torch.autograd.Function):
     def backward(ctx: Any, grad_log_probs: Tensor, _grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, labels, log_normalizers = ctx.saved_tensors
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        known, grad_known = weight[: ctx.vocabulary_size], grad_weight[: ctx.vocabulary_size]
         for start in reversed(range(0, len(labels), ctx.chunk_size)):
             rows = slice(start, start + ctx.chunk_size)
             log_softmax, ctx.last_log_softmax = ctx.last_log_softmax, None
             if log_softmax is None:
-                log_softmax = _scaled_logits(hidden[rows], weight, ctx.temperature).sub_(log_normalizers[rows, None])
+                log_softmax = _scaled_logits(hidden[rows], known, ctx.temperature, ctx.head)
+                log_softmax.sub_(log_normalizers[rows, None])
+            slope = None
+            if ctx.head != Head():  # a plain head's is 1
+                slope = ctx.head.slope((log_softmax + log_normalizers[rows, None]).mul_(ctx.temperature))
             # d log p(label) / d logits = (onehot(label) - softmax) / temperature
             upstream = grad_log_probs[rows, None] / ctx.temperature
             softmax, label = log_softmax.exp_(), labels[rows, None]
             del log_softmax
             at_label = softmax.gather(-1, label).mul_(-upstream).add_(upstream)
+            if slope is not None:
+                at_label.mul_(slope.gather(-1, label) if isinstance(slope, Tensor) else slope)
+                softmax.mul_(slope)
+                del slope
             grad_logits = _rounded_product(softmax, -upstream, weight.dtype, on_cuda=softmax.is_cuda)
             del softmax
             grad_logits.scatter_(-1, label, at_label.to(weight.dtype))
-            torch.mm(grad_logits, weight, out=grad_hidden[rows])
-            grad_weight.addmm_(grad_logits.T, hidden[rows])
+            torch.mm(grad_logits, known, out=grad_hidden[rows])
+            grad_known.addmm_(grad_logits.T, hidden[rows])
             del grad_logits
-        return grad_hidden, grad_weight, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None, None
 
 
-def _scaled_logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
+def _scaled_logits(hidden: Tensor, weight: Tensor, temperature: float, head: Head) -> Tensor:
     """(n, H), (V, H) -> a fresh (n, V) float32: logits / temperature. The product rounds to the weight's dtype first,
     as the model's own head does."""
-    logits = (hidden @ weight.T).to(_wide(hidden.dtype))
+    logits = head.logits_((hidden @ weight.T).to(_wide(hidden.dtype)))
     return logits if temperature == 1.0 else logits.div_(temperature)
 
 

@@ -7,11 +7,16 @@ sequences as usual, and each token's result goes back to its place in the row.
 
 The numbers are those of the padded pass: a token's result depends on the tokens before it alone, and these are the
 same in every copy of a prompt. Gradients of the copies add up where they are looked up.
+
+No model family is named here. Families differ in what surrounds attention, and that runs as it is; what attention
+itself must know (scale, sliding window, soft cap) transformers hands to every attention function. Whether a model keeps
+to that is tried: `enable_packing` compares a short packed pass with the padded one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
@@ -23,8 +28,6 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-# Their layers hand unknown arguments on to attention, take a mask per layer type, and attend to the past and no more
-PACKABLE_MODELS = {"qwen2", "qwen3"}
 KERNELS = {"sdpa": "packed_sdpa", "eager": "packed_eager"}  # attention_type -> the name of its packed version
 
 
@@ -87,14 +90,16 @@ def pack(input_ids: Tensor, response_mask: Tensor) -> Packing:
 
 
 def enable_packing(policy: PreTrainedModel) -> bool:
-    """Give a policy the attention that `packed_hidden_states` needs; False, and nothing changed, if its attention is
-    of another kind. Padded batches then go through torch's kernel."""
-    config = policy.config
-    plain = config.model_type in PACKABLE_MODELS and set(config.layer_types) == {"full_attention"}
-    if not plain or config.attention_dropout or config._attn_implementation not in KERNELS:
+    """Give a policy the attention that `packed_hidden_states` needs; False, and nothing changed, if packing does not
+    give the numbers of its padded pass, as with other kernels, recurrent layers or dropout. Padded batches then go
+    through torch's kernel."""
+    kernel = policy.config._attn_implementation
+    if kernel not in KERNELS or not policy._can_set_attn_implementation():
         return False
-    policy.set_attn_implementation(KERNELS[config._attn_implementation])
-    return True
+    with torch.no_grad(), _short_windows(policy):
+        agrees = _agrees_with_padded(policy, KERNELS[kernel])
+    policy.set_attn_implementation(KERNELS[kernel] if agrees else kernel)
+    return agrees
 
 
 def is_packable(policy: PreTrainedModel) -> bool:
@@ -102,12 +107,54 @@ def is_packable(policy: PreTrainedModel) -> bool:
     return policy.config._attn_implementation in KERNELS.values()
 
 
+def _agrees_with_padded(policy: PreTrainedModel, packed_kernel: str) -> bool:
+    """Whether a packed pass over a few tokens gives what the model's own eager attention gives for padded sequences.
+
+    In the mode that the policy is in, so that a model with dropout, which is random, does not agree. Leaves the
+    policy's kernel changed.
+    """
+    ids = torch.tensor([[1, 2, 3, 4, 5, 6, 7], [1, 2, 3, 8, 5, 0, 0], [2, 3, 4, 9, 0, 0, 0]])
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [0, 0, 1, 1, 0, 0], [0, 1, 1, 0, 0, 0]]).bool()
+    device = next(policy.parameters()).device
+    packing = pack(ids, mask).to(device)
+    try:
+        policy.set_attn_implementation("eager")
+        padded = policy.get_decoder()(input_ids=ids[:, :-1].to(device), use_cache=False).last_hidden_state
+        padded = padded[mask.to(device)].float()
+        policy.set_attn_implementation(packed_kernel)
+        packed = packed_hidden_states(policy, packing).float()
+    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError):  # it does not know these arguments
+        return False
+    # half the digits that the weights have: attention that sees other tokens is further off than rounding is
+    allowed = max(torch.finfo(policy.dtype).eps, torch.finfo(torch.float32).eps) ** 0.5
+    return bool(((packed - padded).norm(dim=-1) <= allowed * padded.norm(dim=-1)).all())
+
+
+@contextlib.contextmanager
+def _short_windows(policy: PreTrainedModel, length: int = 3) -> Iterator[None]:
+    """For a while, let attention that sees only the nearest tokens see so few that a short sequence shows it."""
+    places = {id(place): place for module in policy.modules() for place in (module, getattr(module, "config", None))}
+    changed = []
+    for place in places.values():
+        for name in ("sliding_window", "attention_chunk_size"):
+            window = getattr(place, name, None)
+            if isinstance(window, int) and not isinstance(window, bool):
+                changed.append((place, name, window))
+                setattr(place, name, length)
+    try:
+        yield
+    finally:
+        for place, name, window in changed:
+            setattr(place, name, window)
+
+
 def packed_hidden_states(policy: PreTrainedModel, packing: Packing) -> Tensor:
     """What the head sees where it predicts labels, (L, H)."""
     output = policy.get_decoder()(
         input_ids=packing.token_ids[None],
         position_ids=packing.positions[None],
-        attention_mask={"full_attention": None},
+        # four dimensions: every family then takes it for finished and hands it to attention, where nothing reads it
+        attention_mask=packing.token_ids.new_ones((1, 1, 1, 1), dtype=torch.bool),
         use_cache=False,
         tokens_of=packing.tokens_of,
         place_of=packing.place_of,
@@ -125,18 +172,32 @@ def packed_attention(
     tokens_of: Tensor | None = None,
     place_of: Tensor | None = None,
     scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
     **_options: Any,
 ) -> tuple[Tensor, None]:
     """Attention as transformers asks for it: queries (B, heads, T, D), keys and values (B, fewer heads, S, D), a mask
     (B, 1, T, S) -> (B, T, heads, D), None.
 
     With `tokens_of` and `place_of` these are one row, B is 1, T and S are N, and `kernel` computes its sequences;
-    padded batches, as in sampling, go to `_sdpa`.
+    padded batches, as in sampling, go to `_sdpa`. A soft cap is nothing that torch's kernel knows: `_eager` has it.
     """
     if tokens_of is None:
-        return _sdpa(module, query, key, value, attention_mask, scaling).contiguous(), None
+        kernel = _sdpa if softcap is None else partial(_eager, softcap=softcap)
+        return kernel(module, query, key, value, attention_mask, scaling).contiguous(), None
+    if softcap is not None:
+        kernel = partial(_eager, softcap=softcap)
     query, key, value = (_look_up(states, tokens_of) for states in (query, key, value))
-    return _put_back(kernel(module, query, key, value, None, scaling), place_of), None
+    mask = _window_mask(query.shape[2], sliding_window, query.device)
+    return _put_back(kernel(module, query, key, value, mask, scaling), place_of), None
+
+
+def _window_mask(length: int, sliding_window: int | None, device: torch.device) -> Tensor | None:
+    """(t, t) bool, true where a token sees another: itself and the `sliding_window` - 1 before it; None if that is all
+    of the past."""
+    if sliding_window is None or length <= sliding_window:
+        return None
+    return torch.ones(length, length, dtype=torch.bool, device=device).tril().triu(1 - sliding_window)
 
 
 def _sdpa(
@@ -152,17 +213,46 @@ def _sdpa(
     ).transpose(1, 2)
 
 
-def _eager(_module: nn.Module, query: Tensor, key: Tensor, value: Tensor, _mask: None, scaling: float | None) -> Tensor:
-    """Causal attention (M, t, heads, D) by two products and a softmax: faster where sequences are short."""
-    (n_rows, n_heads, length, _), n_groups = query.shape, key.shape[1]
+def _eager(
+    _module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    softcap: float | None = None,
+) -> Tensor:
+    """(B, T, heads, D) by two products and a softmax, causal where there is no mask: faster where sequences are short.
+
+    The mask is (T, S) or (B, 1, T, S). With a soft cap c, scores s become c tanh(s / c): Gemma Team 2024,
+    arXiv:2408.00118.
+    """
+    (n_rows, n_heads, length, dimension), n_groups = query.shape, key.shape[1]
+    scaling = dimension**-0.5 if scaling is None else scaling
     # the query heads that share a key head one after another, so that one product serves them all
-    query = query.reshape(n_rows * n_groups, -1, query.shape[-1])
+    query = query.reshape(n_rows * n_groups, -1, dimension)
     key, value = key.flatten(0, 1), value.flatten(0, 1)
-    future = torch.full((length, length), -torch.inf, dtype=query.dtype, device=query.device).triu(1)
-    future = future.repeat(n_heads // n_groups, 1)
-    scores = torch.baddbmm(future, query, key.transpose(1, 2), alpha=scaling)
+    hidden = _hidden_from(query, key, length, mask)
+    if hidden.ndim == 4:
+        hidden = hidden[:, 0].repeat_interleave(n_groups, 0)
+    hidden = hidden.repeat(*(1,) * (hidden.ndim - 2), n_heads // n_groups, 1)
+    if softcap is None:
+        scores = torch.baddbmm(hidden, query, key.transpose(1, 2), alpha=scaling)
+    else:
+        scores = (query @ key.transpose(1, 2) * (scaling / softcap)).tanh() * softcap + hidden
     output = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype) @ value
     return output.view(n_rows, n_heads, length, -1).transpose(1, 2)
+
+
+def _hidden_from(query: Tensor, key: Tensor, length: int, mask: Tensor | None) -> Tensor:
+    """What is added to scores so that the future, or all that a mask leaves out, gets no weight."""
+    if mask is None:
+        future = torch.full((length, key.shape[1]), -torch.inf, dtype=query.dtype, device=query.device)
+        return future.triu(1 + key.shape[1] - length)  # of the last `length` tokens, the future of each
+    # the lowest number and not minus infinity: a padding token sees nothing, and 0 / 0 would spread
+    return torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill(
+        ~mask, torch.finfo(query.dtype).min
+    )
 
 
 def _look_up(states: Tensor, tokens_of: Tensor) -> Tensor:

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import textwrap
-import warnings
+from dataclasses import replace
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils.logging import disable_progress_bar
 
 from configs.defaults import Training
 from utils.algorithm.packing import enable_packing
+from utils.notes import note
 
 
 def load_tokenizer(model_path: str) -> PreTrainedTokenizerBase:
@@ -23,6 +31,11 @@ def load_tokenizer(model_path: str) -> PreTrainedTokenizerBase:
         raise ValueError(f"paths.model_path = {model_path!r}: cannot load a tokenizer: {_one_line(error)}") from error
     if not tokenizer("1").input_ids:
         raise ValueError(f"paths.model_path = {model_path!r}: its tokenizer knows no text; are its files there?")
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"paths.model_path = {model_path!r}: its tokenizer has no end token, so nothing would tell where a "
+            "response ends; name one as `eos_token` in its tokenizer_config.json"
+        )
     return tokenizer
 
 
@@ -33,28 +46,60 @@ def load_policy(model_path: str, training: Training) -> PreTrainedModel:
     if training.device == "cpu":
         choose_cpu_products(training.use_onednn)
     try:
+        config = AutoConfig.from_pretrained(model_path, trust_remote_code=False)
+        dropouts = switch_off_dropout(config)
         policy = AutoModelForCausalLM.from_pretrained(
             model_path,
+            config=config,
             trust_remote_code=False,  # with None, its default, it asks on the terminal and then runs the folder's code
             dtype=getattr(torch, training.dtype),
             attn_implementation=training.attention_type,
         )
     except (OSError, ImportError, ValueError, SafetensorError) as error:
         raise ValueError(f"paths.model_path = {model_path!r}: cannot load the model: {_one_line(error)}") from error
+    if dropouts:
+        note(
+            f"{model_path}: its dropout is switched off ({', '.join(dropouts)}): with it, the ratio of the policy to "
+            "the one that sampled would be noise"
+        )
     disable_progress_bar()  # loading has shown its own; every save to come would show one more
     policy.to(training.device).train()
     if training.use_gradient_checkpointing:
         policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if training.use_packing and not enable_packing(policy):
-        warnings.warn(
-            f"training.use_packing: {type(policy).__name__} with {training.attention_type} attention is not among what "
-            "it knows, so microbatches are padded",
-            stacklevel=2,
-        )
+    if training.use_packing:
+        enable_packing(policy)  # or it stays padded: `is_packable` tells
     if training.use_compile:
         # in place, so that parameter names stay as they are; dynamic, since every microbatch has a length of its own
         policy.get_decoder().compile(dynamic=True)
     return policy
+
+
+def load_reference(model_path: str, policy: PreTrainedModel, training: Training) -> PreTrainedModel:
+    """A frozen copy of a checkpoint in `reference_dtype`, to measure the policy's KL divergence from.
+
+    Raises ValueError if it cannot be loaded, or has another vocabulary than the policy.
+    """
+    frozen = replace(training, dtype=training.reference_dtype, use_gradient_checkpointing=False, use_compile=False)
+    reference = load_policy(model_path, frozen).eval().requires_grad_(False)
+    sizes = [model.config.get_text_config().vocab_size for model in (reference, policy)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"training.reference_path: {model_path} has a vocabulary of {sizes[0]}, the policy one of {sizes[1]}; the "
+            "reference must be of the policy's family"
+        )
+    return reference
+
+
+def switch_off_dropout(config: PreTrainedConfig) -> list[str]:
+    """Set every dropout rate in a model's config to 0, in place; returns those that were not, as `name 0.1`."""
+    text_config = config.get_text_config()
+    switched_off = [
+        name for name, value in vars(text_config).items() if "drop" in name and isinstance(value, float) and value > 0
+    ]
+    described = [f"{name} {getattr(text_config, name)}" for name in switched_off]
+    for name in switched_off:
+        setattr(text_config, name, 0.0)
+    return described
 
 
 def choose_cpu_products(use_onednn: bool) -> None:
@@ -67,7 +112,7 @@ def choose_cpu_products(use_onednn: bool) -> None:
     matmul.fp32_precision = "bf16" if use_onednn else "none"
     if use_onednn and product_error() > 1e-5:  # 3e-7 in float32, 3e-3 in bfloat16
         matmul.fp32_precision = "none"
-        warnings.warn("training.use_onednn: oneDNN rounds to bfloat16 on this processor, so MKL is used", stacklevel=2)
+        note("training.use_onednn: oneDNN rounds to bfloat16 on this processor, so MKL is used")
 
 
 def product_error(size: int = 512) -> float:
@@ -140,4 +185,6 @@ def _one_line(error: Exception) -> str:
     """An error of transformers' in one line: its first sentences are often wrapped, and its later ones long."""
     if "trust_remote_code" in str(error):  # it advises to run the code
         return "it needs code of its own, which is never run; take a model that transformers knows without it"
+    if "Unrecognized configuration class" in str(error):  # it lists all classes that there are
+        return "its model type has no head that predicts the next token; take a causal language model"
     return textwrap.shorten(str(error), width=300, placeholder=" ...")

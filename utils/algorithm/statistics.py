@@ -43,6 +43,11 @@ class UpdateStatistics:
         self._losses: list[Tensor] = []  # of each optimizer step taken
         self._grad_norms: list[Tensor] = []
         self._result = UpdateResult(metrics={})
+        order = batch.response_mask.sum(dim=1).argsort()
+        self._thirds = {"shortest": torch.zeros(len(order), dtype=torch.bool)}
+        self._thirds["longest"] = self._thirds["shortest"].clone()
+        self._thirds["shortest"][order[: len(order) // 3]] = True
+        self._thirds["longest"][order[len(order) - len(order) // 3 :]] = True
         self._start_minibatch()
 
     @property
@@ -80,12 +85,49 @@ class UpdateStatistics:
         # off-policy without old log-probs the ratio is unknown
         if microbatch.old_log_probs is not None or self._training.optimizer_steps_per_rollout_batch == 1:
             measured["mean_ratio"] = torch.exp(log_probs - old)
+        if "reference_kl" in extras:
+            measured["reference_kl"] = extras["reference_kl"]
+        if "sampler_weight" in extras:
+            self._add_sampler_weights(microbatch, extras["sampler_weight"])
         for name, values in measured.items():
             self._add(name, torch.where(mask, values.float(), 0.0).sum())
         if microbatch.old_log_probs is not None or self.weights_untouched:
             self._add_sampler_gap(microbatch, old)
         finite = torch.isfinite(log_probs) & torch.isfinite(old) & torch.isfinite(microbatch.sampler_log_probs)
         self._suspects.append((microbatch.rows, ~finite.all(dim=1)))
+
+    def _add_sampler_weights(self, microbatch: Microbatch, weights: Tensor) -> None:
+        """What a correction for the sampler does, and to which responses: (M, t-1) weights of tokens."""
+        mask = microbatch.response_mask
+        weights = torch.where(mask, weights, 0.0)
+        masked = mask & (weights == 0)
+        self._add("weight", weights.sum())
+        self._add("squared_weight", weights.square().sum())
+        self._add("masked_tokens", masked.sum())
+        self._add("sequences", mask.any(dim=1).sum())
+        self._add("masked_sequences", (mask.any(dim=1) & (masked == mask).all(dim=1)).sum())
+        for third, rows in self._thirds.items():
+            chosen = mask & rows[microbatch.rows].to(mask.device)[:, None]
+            self._add(f"tokens_{third}", chosen.sum())
+            self._add(f"masked_{third}", (masked & chosen).sum())
+
+    def _sampler_weight_metrics(self, sums: dict[str, float]) -> dict[str, float]:
+        """Takes its own sums out of `sums`."""
+        weight, squared, masked, sequences, masked_sequences = (
+            sums.pop(name, 0.0)
+            for name in ("weight", "squared_weight", "masked_tokens", "sequences", "masked_sequences")
+        )
+        thirds = {t: (sums.pop(f"masked_{t}", 0.0), sums.pop(f"tokens_{t}", 0.0)) for t in self._thirds}
+        if not sequences:
+            return {}
+        tokens = sums["tokens"]
+        return {
+            "sampler_weight": weight / tokens,
+            "effective_sample_size": weight**2 / squared / tokens if squared else 0.0,
+            "frac_masked_tokens": masked / tokens,
+            "frac_masked_sequences": masked_sequences / sequences,
+            **{f"frac_masked_{third}": m / n for third, (m, n) in thirds.items() if n},
+        }
 
     def all_finite(self) -> Tensor:
         """() bool on the device: whether this minibatch's loss, and all that it was computed from, is finite."""
@@ -117,8 +159,9 @@ class UpdateStatistics:
         """What the update did. A mean over tokens or optimizer steps is absent if there were none."""
         sums = {name: value.item() for name, value in self._sums.items()}
         compared, kl, largest = (sums.pop(name, 0.0) for name in ("compared_tokens", "sampler_kl", "sampler_max_diff"))
+        corrected = self._sampler_weight_metrics(sums)
         tokens = sums.pop("tokens", 0.0)
-        metrics = {
+        metrics = corrected | {
             "frac_trained_rollouts": self._batch.rows_with_gradient.double().mean().item(),
             "nonfinite_steps": float(sum(self._result.skipped)),
             "frac_weights_moved": self._movement.share(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -15,12 +16,19 @@ from utils.algorithm.policy import trainable
 from utils.algorithm.statistics import UpdateStatistics
 
 
-@torch.no_grad()
 def with_old_log_probs(policy: torch.nn.Module, batch: TrainBatch, training: Training) -> TrainBatch:
-    """The batch with `old_log_probs` (B, T-1) float32: those under the weights that sampled, the weights now.
+    """The batch with `old_log_probs` (B, T-1) float32: those under the weights that sampled, the weights now."""
+    return replace(batch, old_log_probs=frozen_log_probs(policy, batch, training))
 
-    They are computed for the rollouts that have a gradient; elsewhere, and outside the responses, they are 0.
-    """
+
+def with_reference_log_probs(reference: torch.nn.Module, batch: TrainBatch, training: Training) -> TrainBatch:
+    """The batch with `reference_log_probs` (B, T-1) float32, in one pass per rollout batch."""
+    return replace(batch, reference_log_probs=frozen_log_probs(reference, batch, training))
+
+
+@torch.no_grad()
+def frozen_log_probs(policy: torch.nn.Module, batch: TrainBatch, training: Training) -> Tensor:
+    """(B, T-1) float32 log-probs of the rollouts that have a gradient; elsewhere, and outside the responses, 0."""
     rows = batch.rows_with_gradient.nonzero().flatten()
     group_size = training.group_size if is_packable(policy) else 1
     computed = []
@@ -28,10 +36,29 @@ def with_old_log_probs(policy: torch.nn.Module, batch: TrainBatch, training: Tra
         log_probs, _ = policy_log_probs(policy, take_microbatch(policy, batch, piece), training, with_entropy=False)
         computed.append((piece, log_probs))
     dtype = torch.promote_types(next(policy.parameters()).dtype, torch.float32)
-    old_log_probs = torch.zeros(batch.response_mask.shape, dtype=dtype)
+    result = torch.zeros(batch.response_mask.shape, dtype=dtype)
     for piece, log_probs in computed:  # copied here and not above, where each copy would wait for the device
-        old_log_probs[piece, : log_probs.shape[1]] = log_probs.cpu()
-    return replace(batch, old_log_probs=old_log_probs)
+        result[piece, : log_probs.shape[1]] = log_probs.cpu()
+    return result
+
+
+def learning_rate(training: Training, steps_done: int) -> float:
+    """The rate of the GRPO step that follows `steps_done`: risen over `warmup_steps`, then as `lr_schedule` says.
+
+    It follows from the number of steps alone, so a resumed run goes on exactly.
+    """
+    if steps_done < training.warmup_steps:
+        return training.learning_rate * (steps_done + 1) / training.warmup_steps
+    progress = (steps_done - training.warmup_steps) / max(1, training.n_grpo_steps - training.warmup_steps)
+    factor = {"constant": 1.0, "linear": 1.0 - progress, "cosine": (1.0 + math.cos(math.pi * progress)) / 2}
+    return training.learning_rate * factor[training.lr_schedule]
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, training: Training, steps_done: int) -> None:
+    """Put the schedule's rate into the optimizer; without a schedule, leave it alone."""
+    if training.warmup_steps or training.lr_schedule != "constant":
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(training, steps_done)
 
 
 def clip_gradients(policy: torch.nn.Module, max_grad_norm: float) -> Tensor:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
+from datetime import timedelta
 
 from utils.log.progress import ProgressBar
+
+SIGNAL = "groups with a signal"  # what is not in train/frac_zero_std_groups: these alone teach something
 
 # metric, its name on the console, its format
 TRAIN_PARTS = (
     ("train/reward", "reward", ".3f"),
+    (SIGNAL, SIGNAL, ".0%"),
     ("train/loss", "loss", ".3g"),
     ("train/grad_norm", "grad norm", ".3g"),
     ("train/mean_response_length", "length", ".1f"),
@@ -26,19 +31,27 @@ EVAL_PARTS = (
 
 
 class TrainingConsole:
-    """Lines on stdout, the progress bar under them. Without a terminal there is no bar, and no line is wrapped."""
+    """Lines on stdout, with the progress bar below them. Without a terminal there is no bar."""
 
     def __init__(self, n_grpo_steps: int, completed: int) -> None:
         self._n_grpo_steps = n_grpo_steps
         self._bar = ProgressBar("GRPO steps", n_grpo_steps, completed, stays=True)
         self.line, self.close = self._bar.line, self._bar.close
+        self._completed, self._started = completed, time.monotonic()  # when the first step of this process began
 
     def train_step(self, grpo_step: int, metrics: Mapping[str, float]) -> None:
-        self.line(self._describe("step", grpo_step, metrics, TRAIN_PARTS))
+        line = self._describe("step", grpo_step, _worth_showing(metrics), TRAIN_PARTS)
+        left = self._n_grpo_steps - grpo_step
+        if left > 0:
+            seconds = (time.monotonic() - self._started) / max(1, grpo_step - self._completed) * left
+            line += f"  left {timedelta(seconds=round(seconds))}"
+        self.line(line)
         self._bar.show(completed=grpo_step)
 
     def evaluation(self, grpo_step: int, metrics: Mapping[str, float]) -> None:
         self.line(self._describe("eval", grpo_step, metrics, EVAL_PARTS), style="bold")
+        if grpo_step == self._completed:  # an evaluation before the first step says nothing about those to come
+            self._started = time.monotonic()
         if "eval/reward" in metrics:
             self._bar.show(label=f"eval reward {metrics['eval/reward']:.3f}")
 
@@ -48,3 +61,14 @@ class TrainingConsole:
         width = len(str(self._n_grpo_steps))
         shown = [f"{name} {float(metrics[metric]):{form}}" for metric, name, form in parts if metric in metrics]
         return "  ".join([f"{label} {grpo_step:{width}}/{self._n_grpo_steps}", *shown])
+
+
+def _worth_showing(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The metrics of a step with the share of groups that have a signal. On-policy the loss is left out: advantages
+    add up to 0 within a group, and so does the loss, whatever is learnt."""
+    shown = dict(metrics)
+    if "train/frac_zero_std_groups" in metrics:
+        shown[SIGNAL] = 1 - metrics["train/frac_zero_std_groups"]
+        if metrics.get("train/mean_ratio") == 1.0:
+            shown.pop("train/loss", None)
+    return shown

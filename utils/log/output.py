@@ -13,6 +13,7 @@ from utils.log.checkpoints import CHECKPOINTS_FOLDER, saved_checkpoints
 from utils.log.files import CONFIG_FILE, METRICS_FILE
 
 LOCK_FILE = ".lock"
+ATTEMPTS = 100  # to lock a file that other starts keep removing
 
 
 def unwritable(path: Path, is_file: bool = False, is_new: bool = False) -> str | None:
@@ -52,27 +53,46 @@ def claimed(output_dir: Path) -> Iterator[TextIO]:
     Raises ValueError if the folder cannot be written to, and if another process has it: two would write over each
     other's checkpoints.
     """
-    made = [folder for folder in (output_dir, *output_dir.parents) if not folder.exists()]
-    lock_file = output_dir / LOCK_FILE
-    had_lock_file = lock_file.exists()
+    made: list[Path] = []
     try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        lock = lock_file.open("a")
+        lock = _lock(output_dir / LOCK_FILE, made)
+    except BlockingIOError as error:
+        raise ValueError(f"{output_dir}: another process is running there; wait for it, or end it") from error
     except OSError as error:
         reason = unwritable(output_dir) or f"cannot be written to ({error.strerror}); give another folder"
         raise ValueError(f"{output_dir}: {reason}") from error
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        lock.close()
-        raise ValueError(f"{output_dir}: another process is running there; wait for it, or end it") from error
-    try:
         yield lock
     except BaseException:
-        if not had_lock_file:
-            lock_file.unlink(missing_ok=True)
+        if output_dir / LOCK_FILE in made:
+            (output_dir / LOCK_FILE).unlink(missing_ok=True)
         lock.close()
         with contextlib.suppress(OSError):  # not empty: something else has been written there
-            for folder in made:
-                folder.rmdir()
+            for folder in (output_dir, *output_dir.parents):
+                if folder in made:
+                    folder.rmdir()
         raise
+
+
+def _lock(path: Path, made: list[Path]) -> TextIO:
+    """The file, open and locked; the file and folders that it had to make are added to `made`.
+
+    Raises BlockingIOError if another process has locked the file, OSError if it cannot be made.
+
+    A start that is refused removes its lock file again. Another process may have opened that file just before: its lock
+    would be on a file without a name, which no third process ever sees. So it checks that the name still leads to the
+    locked file, and otherwise tries again.
+    """
+    for _ in range(ATTEMPTS):
+        made += [folder for folder in path.parents if not folder.exists()]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError, FileNotFoundError):
+            path.open("x").close()
+            made.append(path)
+        with contextlib.suppress(FileNotFoundError), contextlib.ExitStack() as closing:
+            lock = closing.enter_context(path.open("r+"))  # not "a", which would make the file unnoticed
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                closing.pop_all()
+                return lock
+    raise BlockingIOError(f"{path} was removed {ATTEMPTS} times in a row")

@@ -17,7 +17,8 @@ DELAY = 2.0  # seconds of generation without a bar: a shorter one would only fli
 class ProgressBar:
     """A labelled bar below the lines that are printed through it. Several at once are stacked.
 
-    It appears after `delay` seconds, and vanishes when it is closed unless it `stays`.
+    It appears after `delay` seconds, and vanishes when it is closed unless it `stays`. Output that cannot be written,
+    because the terminal or a pipe's reader is gone, is lost and does no harm: a run that nobody watches goes on.
     """
 
     def __init__(self, label: str, total: int, completed: int = 0, delay: float = 0.0, stays: bool = False) -> None:
@@ -41,8 +42,9 @@ class ProgressBar:
         """Call it when `count` more are done."""
         self._progress.advance(self._task, count)
         if not self._started and time.monotonic() >= self._appears_at:
-            self._progress.start()
             self._started = True
+            with contextlib.suppress(OSError):
+                self._progress.start()
 
     def show(self, completed: int | None = None, label: str | None = None) -> None:
         """Set how many are done, or the label."""
@@ -50,10 +52,12 @@ class ProgressBar:
 
     def line(self, text: str, style: str = "") -> None:
         """Print a line above the bar. It is not wrapped, and nothing in it is read as markup."""
-        self._console.print(Text(text, style=style), soft_wrap=True)
+        with contextlib.suppress(OSError):
+            self._console.print(Text(text, style=style), soft_wrap=True)
 
     def close(self) -> None:
-        self._progress.stop()
+        with contextlib.suppress(OSError):
+            self._progress.stop()
 
     def __enter__(self) -> Self:
         return self

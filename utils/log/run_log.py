@@ -1,9 +1,8 @@
-"""What a run says while it trains: the console, the JSONL files, and the tracker."""
+"""What a run writes while it trains: the console, the JSONL files, and the tracker."""
 
 from __future__ import annotations
 
 import contextlib
-import random
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,14 +15,15 @@ from utils.log.files import (
     STATUS_FILE,
     STATUSES,
     WARNINGS_FILE,
+    CannotWrite,
     cut_rows,
     encode_row,
     write_atomically,
 )
 from utils.log.metrics import written_names
+from utils.log.rollout_rows import choose_groups, rollout_rows
 from utils.log.tracker import NullTracker, WandbTracker, describe, tracker_errors
 from utils.records import Reward, Rollout
-from utils.seeding import derive_seed
 
 
 class RunLog:
@@ -47,11 +47,11 @@ class RunLog:
         resume_at: int | None = None,
         evaluated_at: int | None = None,
     ) -> None:
-        """Open the files of `output_dir`, made if need be.
+        """Open the files of `output_dir`, which is made if it is absent.
 
-        `resume_at=k` goes on after GRPO step k, last evaluated at step `evaluated_at` (-1: not yet; None: at k): later
-        rows and rollouts are cut, so that each stands once, while warnings stay. `tracker_id` is the `tracker_id` of
-        the run that is resumed. Raises FileExistsError if metrics are there already and `resume_at` is None.
+        `resume_at=k` goes on after GRPO step k, last evaluated at step `evaluated_at` (-1: not yet; None: at k). Later
+        rows and rollouts are cut, so that each step is there once; warnings stay. `tracker_id` is the `tracker_id` of
+        the run that is resumed. Raises FileExistsError if the folder has metrics although `resume_at` is None.
         """
         self._output_dir = Path(output_dir)
         self._output_dir.mkdir(parents=True, exist_ok=True)
@@ -92,12 +92,12 @@ class RunLog:
 
     @property
     def tracker_id(self) -> str | None:
-        """What a resumed run passes as `tracker_id`; None without a tracker."""
+        """What a resumed run passes as `tracker_id`; None if there is no tracker."""
         return self._tracker.run_id
 
     @property
     def time(self) -> float:
-        """Seconds this run has been running, its resumed parts added up."""
+        """Seconds that this run has been running, over all its resumed parts."""
         return time.monotonic() - self._started
 
     def train_step(self, grpo_step: int, metrics: dict[str, float]) -> dict[str, float]:
@@ -124,74 +124,76 @@ class RunLog:
         advantages: Sequence[float] | None = None,
         *,
         n: int,
+        group_size: int = 1,
     ) -> None:
-        """Write n of the rollouts of a split: "train", "nonfinite", or "eval", which has the same problems every time.
+        """Write whole groups of a split, as many as n rollouts fill: "train", "nonfinite", or "eval".
 
-        The choice depends on split, step and number alone: no generator is drawn from, and a repeat chooses alike.
+        Rollouts of one prompt are `group_size` side by side. `choose_groups` says which groups are taken.
         """
-        seed = derive_seed(0, f"logging/{split}", 0 if split == "eval" else grpo_step)
-        for i in sorted(random.Random(seed).sample(range(len(rollouts)), min(n, len(rollouts)))):
-            rollout, reward = rollouts[i], rewards[i]
-            row = {
-                "split": split,
-                "grpo_step": grpo_step,
-                "index": i,
-                "question": rollout.prompt.problem.question,
-                "prompt": rollout.prompt.text,
-                "response": rollout.response,
-                "truth": rollout.prompt.problem.answer,
-                "format_reward": float(reward.format),
-                "answer_reward": float(reward.answer),
-                "reward": float(reward.total),
-                "advantage": None if advantages is None else float(advantages[i]),
-                "finish_reason": rollout.finish_reason,
-                "response_length": len(rollout.response_ids),
-            }
+        chosen = choose_groups(split, grpo_step, len(rollouts), group_size, n)
+        rows = list(rollout_rows(split, grpo_step, rollouts, rewards, advantages, group_size=group_size, chosen=chosen))
+        for row in rows:
             self._write(ROLLOUTS_FILE, row)
+        if rows:
+            with self._tracker_may_fail():
+                self._tracker.log_rollouts(split, grpo_step, rows)
 
     def note(self, text: str) -> None:
         """Print a line, above the progress bar."""
         self._console.line(text)
 
     def end_progress(self) -> None:
-        """End the progress bar where it is; lines that follow stand below it."""
+        """End the progress bar where it is; later lines come below it."""
         self._console.close()
 
     def warn(self, text: str) -> None:
-        """Print a warning and keep it in warnings.jsonl."""
+        """Print a warning and keep it in warnings.jsonl, unless the disk is full: then it is on the console alone."""
         self._console.line(f"warning: {text}", style="yellow")
         row = {"grpo_step": self._grpo_step, "time": round(self.time, 3), "warning": text}
-        with (self._output_dir / WARNINGS_FILE).open("a") as file:
+        with contextlib.suppress(OSError), (self._output_dir / WARNINGS_FILE).open("a") as file:
             file.write(encode_row(row) + "\n")
 
     def close(self, status: str, detail: str = "") -> None:
         """Write status.json and let go of terminal, files and tracker. Called again, it does nothing.
 
-        `status` says how the run ended: finished, collapsed, interrupted, time_limit or failed.
+        `status` says how the run ended: finished, collapsed, interrupted, time_limit or failed. Raises CannotWrite
+        if status.json cannot be written, after the rest is closed.
         """
         if status not in STATUSES:
             raise ValueError(f"status {status!r} is none of {', '.join(STATUSES)}")
         if not self._files:
             return
         row = {"status": status, "grpo_step": self._grpo_step, "time": round(self.time, 3), "detail": detail}
-        write_atomically(self._output_dir / STATUS_FILE, encode_row(row) + "\n")
-        for file in self._files.values():
-            file.close()
-        self._files = {}
-        self._console.close()
-        with self._tracker_may_fail():
-            self._tracker.close(status)
+        files, self._files = self._files, {}
+        try:
+            write_atomically(self._output_dir / STATUS_FILE, encode_row(row) + "\n")
+        finally:
+            for file in files.values():
+                with contextlib.suppress(OSError):  # what a full disk refused before is refused again
+                    file.close()
+            self._console.close()
+            with self._tracker_may_fail():
+                self._tracker.close(status)
+                if self._tracker.is_offline:
+                    self.note(f"wandb kept this run offline; send it with\n  {self._sync_command}")
 
     def __enter__(self) -> RunLog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
         status = "finished" if kind is None else "interrupted" if kind is KeyboardInterrupt else "failed"
-        self.close(status, "" if error is None else f"{kind.__name__}: {error}")
+        try:
+            self.close(status, "" if error is None else f"{kind.__name__}: {error}")
+        except CannotWrite:
+            if error is None:
+                raise
 
     def _write(self, file_name: str, row: dict[str, Any]) -> None:
-        self._files[file_name].write(encode_row(row) + "\n")
-        self._files[file_name].flush()
+        try:
+            self._files[file_name].write(encode_row(row) + "\n")
+            self._files[file_name].flush()
+        except OSError as error:
+            raise CannotWrite(self._output_dir / file_name, error) from error
 
     def _write_metrics(self, axis: dict[str, int], metrics: dict[str, float]) -> None:
         values = {name: int(v) if name == "optimizer_step" else float(v) for name, v in metrics.items()}
@@ -202,7 +204,7 @@ class RunLog:
 
     @contextlib.contextmanager
     def _tracker_may_fail(self) -> Iterator[None]:
-        """A tracker that fails is warned of once and left alone from then on."""
+        """If the tracker fails, warn once and go on without it."""
         try:
             yield
         except tracker_errors() as error:
@@ -212,4 +214,8 @@ class RunLog:
     def _warn_if_offline(self) -> None:
         if self._tracker.offline_because:
             reason = self._tracker.offline_because
-            self.warn(f"wandb: {reason}; kept offline, `wandb sync {self._output_dir}/wandb/offline-*` sends it later")
+            self.warn(f"wandb: {reason}; kept offline, `{self._sync_command}` sends it later")
+
+    @property
+    def _sync_command(self) -> str:
+        return f"wandb sync {self._output_dir}/wandb/offline-*"

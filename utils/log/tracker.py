@@ -11,14 +11,18 @@ TRACKER_TIMEOUT = 30.0  # seconds that a dead network may cost at the start of a
 
 
 class NullTracker:
-    """In place of a tracker: one that is off, or that has failed."""
+    """Stands in for a tracker that is off, or that has failed."""
 
     offline_because = ""
+    is_offline = False
 
     def __init__(self, run_id: str | None = None) -> None:
         self.run_id = run_id
 
     def log(self, row: dict[str, Any]) -> None:
+        pass
+
+    def log_rollouts(self, split: str, grpo_step: int, rows: Sequence[dict[str, Any]]) -> None:
         pass
 
     def close(self, status: str) -> None:
@@ -42,6 +46,8 @@ class WandbTracker:
         wandb_settings = wandb.Settings(
             console="off", silent=True, init_timeout=TRACKER_TIMEOUT, finish_timeout=TRACKER_TIMEOUT
         )
+        # offline runs have no name of their own, and the folder's says more than the one wandb would draw
+        name = name or "/".join(output_dir.parts[-2:])
         options = {"project": project, "name": name, "tags": list(tags), "config": config, "dir": output_dir}
         options |= {"settings": wandb_settings} | ({"id": run_id, "resume": "allow"} if run_id else {})
         self.offline_because = ""
@@ -53,6 +59,7 @@ class WandbTracker:
         except wandb.errors.CommError as error:
             self.offline_because = f"no connection ({_first_line(error)})"
             self._run = wandb.init(**options, mode="offline")
+        self.is_offline = bool(self.offline_because) or wandb.setup().settings.mode == "offline"
         self.run_id = self._run.id
         self._run.define_metric("grpo_step")
         self._run.define_metric("train/*", step_metric="grpo_step")
@@ -62,6 +69,16 @@ class WandbTracker:
 
     def log(self, row: dict[str, Any]) -> None:
         self._run.log(row)
+
+    def log_rollouts(self, split: str, grpo_step: int, rows: Sequence[dict[str, Any]]) -> None:
+        """A table of rollouts, a row each. A truth of several answers is written as one text."""
+        import wandb
+
+        columns = list(rows[0])
+        truths = [row["truth"] if isinstance(row["truth"], str) else " or ".join(row["truth"]) for row in rows]
+        data = [list((row | {"truth": truth}).values()) for row, truth in zip(rows, truths, strict=True)]
+        axis = "eval_step" if split == "eval" else "grpo_step"
+        self._run.log({axis: grpo_step, f"rollouts/{split}": wandb.Table(columns=columns, data=data)})
 
     def close(self, status: str) -> None:
         self._run.summary["status"] = status
@@ -75,7 +92,7 @@ def _first_line(error: Exception) -> str:
 def fetch_wandb_runs(project: str) -> list[dict[str, Any]]:
     """The runs of `entity/project`, or the one of `entity/project/run_id`: name, id, seed, ending, and history as rows.
 
-    Raises ValueError where they can't be fetched.
+    Raises ValueError if they can't be fetched.
     """
     try:
         import wandb

@@ -98,9 +98,9 @@ def _field_of(flag: str, own_options: set[str]) -> str:
     known = fields()
     matching = [key for key in known if name in (key, key.partition(".")[2])]
     if not matching:
-        like = nearest(name, known)
+        similar = nearest(name, known)
         options = [option for option in own_options if option.startswith(flag) and flag != "--"]
-        guess = options[0] if options else None if like is None else _shortest_flag(like)
+        guess = options[0] if options else None if similar is None else _shortest_flag(similar)
         raise ValueError(
             f"unknown option {flag}; " + (f"did you mean {guess}?" if guess else "--help-config lists all")
         )

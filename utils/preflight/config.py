@@ -1,4 +1,4 @@
-"""YAML files and overrides -> validated dataclasses. Every complaint says what, where and how to mend it."""
+"""From YAML files and overrides to validated dataclasses. Every complaint says what is wrong, where, and the remedy."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Leaf = tuple[str, yaml.Node, str]  # a field's dotted name, its value, and where
 def load_config(config_files: Iterable[str | Path] = (), overrides: Iterable[str] = ()) -> Config:
     """Merge YAML files in order, each after the file its `base:` names, then `key=value` overrides; then validate.
 
-    Raises ConfigError (a ValueError) naming the value, the file and line, and what would be right.
+    Raises ConfigError (a ValueError) with the value, the file and line, and the remedy.
     """
     return load_config_and_origins(config_files, overrides)[0]
 
@@ -180,6 +180,6 @@ def _check_name(key: str, origin: str) -> None:
     if key in sections():
         example = next(name for name in known if name.startswith(f"{key}."))
         raise ConfigError(f"{origin}: {key} is a section; give its fields, for example {example}")
-    like = nearest(key, known)
-    remedy = f"did you mean {like!r}?" if like else "--help-config lists the fields"
+    similar = nearest(key, known)
+    remedy = f"did you mean {similar!r}?" if similar else "--help-config lists the fields"
     raise ConfigError(f"{origin}: unknown key {key!r}; {remedy}")

@@ -10,11 +10,19 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from configs.defaults import Config, Paths, Training
+from utils.own_code import is_own
+from utils.preflight.loss_rules import (
+    LOSSES_WITHOUT_BASELINE,
+    Rule,
+    correction_rules,
+    loss_rules,
+    shaping_rules,
+)
 from utils.rewards.functions import REWARD_FNS
 
 
 class ConfigError(ValueError):
-    """A mistake in a config file or an override, told in one line."""
+    """A mistake in a config file or an override, described in one line."""
 
 
 def sections() -> dict[str, type]:
@@ -46,11 +54,11 @@ REMOVED = dict.fromkeys(
     "a constant in utils/run/guard.py now",
 )
 
-LEAST_LIKENESS = 0.6  # of two names; below it a suggestion would be a guess
+LEAST_LIKENESS = 0.6  # of two names; below it a suggestion would be no help
 
 
 def nearest(key: str, known: Iterable[str]) -> str | None:
-    """The known name most like `key`, None where none is like it. Names are compared without their sections first."""
+    """The known name most like `key`, None if none is like it. Names are compared first without their sections."""
 
     def likeness(name: str) -> tuple[float, float]:
         last, known_last = (text.rpartition(".")[2] for text in (key, name))
@@ -85,8 +93,10 @@ def check_config(config: Config, origins: Mapping[str, str] | None = None) -> No
 def _broken_rule(value: Any, rules: Mapping[str, Any]) -> str | None:
     if value is None:
         return None
-    if "choices" in rules and value not in rules["choices"]:
-        return f"choose one of: {', '.join(map(str, rules['choices']))}"
+    own_code = rules.get("own_code", False)
+    if "choices" in rules and value not in rules["choices"] and not (own_code and is_own(value)):
+        own = ", or path/to/file.py:function" if own_code else ""
+        return f"choose one of: {', '.join(map(str, rules['choices']))}{own}"
     # written so that NaN breaks them
     if "low" in rules and not value >= rules["low"]:
         return f"must be at least {rules['low']}"
@@ -103,14 +113,19 @@ def _broken_rule(value: Any, rules: Mapping[str, Any]) -> str | None:
 
 
 def _what_null_is(field: dataclasses.Field) -> str:
-    """What a field's doc says of null, for the end of a complaint; nothing where null is not allowed."""
+    """What a field's doc says about null, for the end of a complaint; empty if null is not allowed."""
     if "None" not in str(field.type):
         return ""
-    told = re.search(r"null\b[^;,]*", field.metadata["doc"])
-    return f"; {told[0] if told else 'null is off'}"
+    meaning = re.search(r"null\b[^;,]*", field.metadata["doc"])
+    return f"; {meaning[0] if meaning else 'null is off'}"
 
 
-Rule = tuple[tuple[str, ...], bool, str]  # fields, whether they are at odds, how to mend it
+def own_code(config: Config) -> dict[str, list[str]]:
+    """The functions of the user's own that a config names: {field: names}."""
+    t = config.training
+    named = {"training.reward_fn": [t.reward_fn], "training.extra_rewards": list(t.extra_rewards)}
+    named["training.loss_type"] = [t.loss_type]
+    return {field: [name for name in names if is_own(name)] for field, names in named.items()}
 
 
 def _rules_between(config: Config) -> list[Rule]:
@@ -122,6 +137,9 @@ def _rules_between(config: Config) -> list[Rule]:
         *_reward_rules("training.reward_fn", [config.training.reward_fn]),
         *_reward_rules("training.extra_rewards", config.training.extra_rewards),
         *_stop_rules(config.training),
+        *loss_rules(config.training),
+        *correction_rules(config.training),
+        *shaping_rules(config.training),
     ]
 
 
@@ -144,8 +162,8 @@ def _size_rules(t: Training) -> list[Rule]:
         ),
         (
             ("training.group_size", "training.loss_type"),
-            t.group_size == 1 and t.loss_type != "no_baseline",
-            "alone in its group every advantage is 0; take a group_size of 2 or more, or loss_type no_baseline",
+            t.group_size == 1 and t.loss_type not in LOSSES_WITHOUT_BASELINE and not is_own(t.loss_type),
+            "in a group of 1 every advantage is 0; set group_size to 2 or more, or loss_type to no_baseline",
         ),
         (
             ("training.group_size", "training.use_std_normalization"),
@@ -180,14 +198,11 @@ def _sampling_rules(t: Training) -> list[Rule]:
     ]
 
 
-# The text that a reward function looks for at the end of a response, where a stop string may cut it off.
+# The text that a reward function looks for at the end of a response.
 CLOSING_TEXTS = {
     "r1_zero": "</answer>",
-    "r1_zero_lenient": "</answer>",
     "question_only": "}",
     "gsm8k": "</answer>",
-    "soft_xml_format": "</answer>",
-    "strict_xml_format": "</answer>",
 }
 
 
@@ -224,18 +239,19 @@ def _machine_rules(t: Training) -> list[Rule]:
 
 
 def _path_rules(paths: Paths) -> Iterator[Rule]:
-    yield ("paths.output_dir",), not paths.output_dir, "give the folder that the run is to write"
+    yield ("paths.output_dir",), not paths.output_dir, "give the folder that the run will write"
     for name, path in vars(paths).items():
         yield (
             (f"paths.{name}",),
             path.startswith("~"),
-            "nothing puts the home folder in place of ~; write the whole path",
+            "~ is not replaced by the home folder; write the whole path",
         )
 
 
 def _reward_rules(key: str, names: Iterable[str]) -> Iterator[Rule]:
     for name in names:
-        like = nearest(name, REWARD_FNS)
-        guess = f"did you mean {like!r}? There" if like else "there"
-        remedy = f"no reward function {name!r}; {guess} are: {', '.join(REWARD_FNS)}"
-        yield (key,), name not in REWARD_FNS, remedy
+        similar = nearest(name, REWARD_FNS)
+        guess = f"did you mean {similar!r}? There" if similar else "there"
+        there = ", ".join(REWARD_FNS)
+        remedy = f"no reward function {name!r}; {guess} are: {there}; or give path/to/file.py:function"
+        yield (key,), name not in REWARD_FNS and not is_own(name), remedy

@@ -8,9 +8,12 @@ from pathlib import Path
 from configs.defaults import Config
 from utils.engines import choose_engine
 from utils.log.files import CONFIG_FILE, METRICS_FILE, ROLLOUTS_FILE, RUN_INFO_FILE, STATUS_FILE, WARNINGS_FILE
+from utils.own_code import file_and_function
 from utils.preflight.config import to_dict
+from utils.preflight.config_rules import own_code
 from utils.preflight.derive import usual_length
 from utils.preflight.hub import is_cached
+from utils.preflight.loss_rules import LOSSES_WITHOUT_RATIO
 from utils.preflight.machine import ASSUMED_GPU, estimated_memory, gpu_memory, host_memory, machine_notes
 from utils.preflight.memory_estimate import kv_cache_tokens
 from utils.preflight.model_files import bytes_to_fetch, is_local, model_config
@@ -28,20 +31,22 @@ GB = 1e9
 
 def show_dry_run(config: Config, resume: bool, allow_changes: bool, full: bool, derived: Sequence[str] = ()) -> bool:
     """Print what `--dry-run` has to say; True if nothing that it can see keeps the run from starting."""
-    found = list(obstacles(config, resume, allow_changes))
-    print(describe_run(config, found, full, derived))
-    return not found
+    in_the_way = list(obstacles(config, resume, allow_changes))
+    print(describe_run(config, in_the_way, full, derived))
+    return not in_the_way
 
 
-def describe_run(config: Config, found: Sequence[str] = (), full: bool = False, derived: Sequence[str] = ()) -> str:
-    """The text of `--dry-run`: the obstacles found, what is worth knowing, the config, and what follows from it.
+def describe_run(
+    config: Config, in_the_way: Sequence[str] = (), full: bool = False, derived: Sequence[str] = ()
+) -> str:
+    """The text of `--dry-run`: the obstacles in the way, what is worth knowing, the config, and what follows from it.
 
     Only fields that differ from their defaults are shown, unless `full`. `derived` tells what follows from the card.
     """
     prompt = longest_prompt(config)
     which = "every field" if full else "what differs from the defaults (--full shows every field)"
     parts = {
-        "what keeps it from starting here": [f"- {line}" for line in found] or ["nothing"],
+        "what keeps it from starting here": [f"- {line}" for line in in_the_way] or ["nothing"],
         "worth knowing": [f"- {note}" for note in notes(config, prompt)],
         f"config: {which}": list(_config_lines(config, full)) or ["nothing"],
         "derived from the card, as nothing sets it": derived,
@@ -58,15 +63,15 @@ def notes(config: Config, prompt: LongestPrompt) -> Iterator[str]:
     """What is allowed, and yet may not be what was meant."""
     t, model_path = config.training, config.paths.model_path
     if t.top_p < 1.0:
-        yield "the trainer's log-probs know nothing of top_p below 1: train/sampler_kl shows how far they are off"
-    if _optimizer_steps(config) > 1 and t.loss_type in ("no_baseline", "reinforce_with_baseline"):
+        yield "the trainer's log-probs ignore top_p, unlike the sampler's: train/sampler_kl shows the difference"
+    if _optimizer_steps(config) > 1 and t.loss_type in LOSSES_WITHOUT_RATIO:
         yield f"{t.loss_type} does not correct for off-policy steps"
     try:
         train, _ = read_problems(config.paths.train_data_file)
         validation, _ = read_problems(config.paths.val_data_file)
         yield from notes_on_data(train, validation, t.rollout_batch_size // t.group_size)
     except (ValueError, OSError):
-        pass  # told among the obstacles
+        pass  # an obstacle says so
     if not is_local(model_path) and not is_cached(model_path):
         size = bytes_to_fetch(model_path)
         amount = "an unknown amount" if size is None else f"about {size / GB:.1f} GB"
@@ -79,7 +84,7 @@ def _memory_notes(config: Config, prompt: LongestPrompt) -> Iterator[str]:
     try:
         parts = estimated_memory(config, prompt.tokens)
     except ValueError:
-        return  # `memory_lines` tells why
+        return  # `memory_lines` says why
     peak, (memory, whose) = _peak(parts), _memory(config)
     cache = _cache(config, prompt)
     if cache is not None and cache[0] < cache[1]:
@@ -113,7 +118,8 @@ def consequences(config: Config, prompt: LongestPrompt) -> Iterator[tuple[str, s
     if cache is not None:
         yield "KV cache", f"about {cache[0]:,} tokens; the sequences sampled at once usually have {cache[1]:,}"
     yield "evaluations", _how_often(t.eval_interval, "never", "before training and after every {} steps")
-    yield "checkpoints", _how_often(t.checkpoint_interval, "only at the end", "every {} steps, at a new best")
+    best = "at a new best"
+    yield "checkpoints", _how_often(t.checkpoint_interval, f"{best} and at the end", f"every {{}} steps, {best}")
 
 
 def _optimizer_steps(config: Config) -> int:
@@ -177,7 +183,8 @@ def _memory(config: Config) -> tuple[int, str]:
 
 def _files(config: Config) -> Iterator[str]:
     p = config.paths
-    for path in (p.train_data_file, p.val_data_file, p.prompt_template_file, p.model_path):
+    functions = [str(file_and_function(name)[0]) for names in own_code(config).values() for name in names]
+    for path in (p.train_data_file, p.val_data_file, p.prompt_template_file, p.model_path, *dict.fromkeys(functions)):
         yield f"reads  {path}"
     for name in (
         CONFIG_FILE,

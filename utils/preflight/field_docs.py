@@ -35,7 +35,8 @@ def describe_fields(word: str = "") -> str:
 def describe_rules(field: dataclasses.Field) -> str:
     """A field's doc, with the values it may take if they are listed."""
     choices = field.metadata.get("choices")
-    return field.metadata["doc"] + (f" ({', '.join(map(str, choices))})" if choices else "")
+    own_code = "; also path/to/file.py:function" if field.metadata.get("own_code") else ""
+    return field.metadata["doc"] + (f" ({', '.join(map(str, choices))})" if choices else "") + own_code
 
 
 def _groups() -> Iterator[tuple[str, str, list[dataclasses.Field]]]:

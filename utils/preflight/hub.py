@@ -38,16 +38,18 @@ def is_cached(model_path: str) -> bool:
             return True
         index = cached_file(model_path, f"{name}.index.json")
         if index is not None:
-            shards = set(parse_json(index.read_bytes(), str(index))["weight_map"].values())
-            return all(cached_file(model_path, shard) for shard in shards)
+            shards = set(parse_json(index.read_bytes(), str(index)).get("weight_map", {}).values())
+            return bool(shards) and all(cached_file(model_path, shard) for shard in shards)
     return False
 
 
-def why_not_fetched(model_path: str) -> str | None:
-    """Why a model that is not on this machine cannot be fetched, and the remedy; None if the hub answers.
+def unavailable(model_path: str) -> str | None:
+    """Why a model on the hub is neither cached nor can be fetched, and the remedy; None if the hub answers.
 
     What the hub answers is left to its client, which knows the user's login.
     """
+    if is_cached(model_path):
+        return None
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         if os.environ.get(name, "").upper() in ON:
             return f"it is not on this machine, and {name} is set; unset that, or give a checkpoint folder"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from configs.defaults import Config
+from configs.defaults import Config, Training
 
 GIB = 2**30
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
-# What the CUDA context, the libraries' workspaces and the allocator's unused gaps take beside tensors: an allowance,
-# not a measurement.
+# For what no tensor holds: the CUDA context, the libraries' workspaces and gaps in the allocator. An allowance, not a
+# measurement.
 CUDA_ALLOWANCE = 1 * GIB
 # What vLLM takes of its share beside weights and KV cache: its profile of a full batch, the sampler's logits, CUDA
 # graphs. And what sleep leaves on the card, the graphs. Both are allowances too, read and not measured.
@@ -21,7 +21,7 @@ def count_parameters(model_config: dict[str, Any]) -> dict[str, int]:
     """Parameters of a Qwen2- or Llama-like model by part, from its config.json: `embeddings` (head included),
     `layers`, and their `total`. Biases and norms, well under a thousandth, are counted as Qwen2 has them.
 
-    Raises ValueError where the config lacks a size that the count needs.
+    Raises ValueError if the config lacks a size that the count needs.
     """
     sizes = _sizes(model_config)
     hidden, intermediate, q, kv = sizes["hidden"], sizes["intermediate"], sizes["q"], sizes["kv"]
@@ -45,7 +45,7 @@ def estimate_peak_memory(
         model_config: config.json as a dict, of a Qwen2- or Llama-like model.
         config: the run's configuration.
         longest_sequence: tokens of the longest prompt and response together.
-        device_memory: bytes that the GPU has in all, which vLLM takes a share of; None on the CPU.
+        device_memory: bytes of the GPU's whole memory, of which vLLM takes a share; None on the CPU.
         uses_vllm: whether the rollout engine is vLLM.
 
     Returns:
@@ -61,12 +61,10 @@ def estimate_peak_memory(
     n_tokens = n_sequences * longest_sequence
     n_response_tokens = min(n_tokens, n_sequences * training.max_tokens)
 
-    # 8-bit Adam: two bytes and, for every block of 256, two float32 scales
-    optimizer = n_parameters * (2 + 8 / 256) if training.use_bnb_adamw8bit else 2 * n_parameters * bytes_each
     parts = {
         "weights": n_parameters * bytes_each,
         "gradients": n_parameters * bytes_each,
-        "optimizer": int(optimizer),
+        "optimizer": optimizer_state_bytes(n_parameters, training),
         "activations": _activations(sizes, config, n_tokens, longest_sequence, n_parameters),
         "log_probs": _log_probs(sizes, config, n_response_tokens),
         **_vllm(config, n_parameters, device_memory, uses_vllm),
@@ -80,23 +78,34 @@ def estimate_peak_memory(
     return parts
 
 
+def optimizer_state_bytes(n_parameters: int, training: Training) -> int:
+    """AdamW's two moments. With 8 bits: two bytes and, for every block of 256, two float32 scales."""
+    if training.use_bnb_adamw8bit:
+        return int(n_parameters * (2 + 8 / 256))
+    return 2 * n_parameters * BYTES[training.dtype]
+
+
+NAMES = {  # in a config.json
+    "vocabulary": "vocab_size",
+    "hidden": "hidden_size",
+    "intermediate": "intermediate_size",
+    "n_layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+}
+
+
 def _sizes(model_config: dict[str, Any]) -> dict[str, int]:
     """The sizes that a config.json gives, under short names; `q` and `kv` are the widths of queries and of keys."""
-    text_config = model_config.get("text_config", model_config)
-    try:
-        heads = text_config["num_attention_heads"]
-        head_dim = text_config.get("head_dim") or text_config["hidden_size"] // heads
-        return {
-            "vocabulary": text_config["vocab_size"],
-            "hidden": text_config["hidden_size"],
-            "intermediate": text_config["intermediate_size"],
-            "n_layers": text_config["num_hidden_layers"],
-            "heads": heads,
-            "q": heads * head_dim,
-            "kv": (text_config.get("num_key_value_heads") or heads) * head_dim,
-        }
-    except KeyError as error:
-        raise ValueError(f"the model's config.json has no {error}, so its memory cannot be estimated") from error
+    text_config = model_config.get("text_config") or model_config
+    for name in NAMES.values():
+        if name not in text_config:
+            raise ValueError(f"the model's config.json has no {name!r}, so its memory cannot be estimated")
+        if not isinstance(text_config[name], int) or text_config[name] < 1:
+            raise ValueError(f"the model's config.json has {name} = {text_config[name]!r}, which is no size")
+    sizes = {short: text_config[name] for short, name in NAMES.items()}
+    head_dim = text_config.get("head_dim") or sizes["hidden"] // sizes["heads"]
+    kv_heads = text_config.get("num_key_value_heads") or sizes["heads"]
+    return sizes | {"q": sizes["heads"] * head_dim, "kv": kv_heads * head_dim}
 
 
 def _activations(sizes: dict[str, int], config: Config, n_tokens: int, longest_sequence: int, n_parameters: int) -> int:

@@ -1,8 +1,8 @@
-"""What keeps a run from starting, as far as that shows before anything is loaded. Each obstacle is a line with its
-remedy."""
+"""What keeps a run from starting, as far as that shows before anything is loaded: one line each, with its remedy."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,9 +19,11 @@ from utils.log.checkpoints import (
 )
 from utils.log.files import CONFIG_FILE, earlier_launches
 from utils.log.output import holds_run, unwritable
+from utils.own_code import digest, unusable_own
 from utils.preflight.config import load_config
-from utils.preflight.config_rules import ConfigError
-from utils.preflight.hub import is_cached, why_not_fetched
+from utils.preflight.config_rules import ConfigError, own_code
+from utils.preflight.disk import too_little_space
+from utils.preflight.hub import unavailable
 from utils.preflight.machine import has_gpu
 from utils.preflight.model_files import context_of, is_local, lacks_chat_template, model_config
 from utils.preflight.resume_rules import changed_fields
@@ -48,7 +50,7 @@ def check_before_loading(config: Config, resume: bool, allow_changes: bool) -> N
 
 
 def refuse(obstacles: Iterable[str]) -> None:
-    """Raise ConfigError if there are any obstacles, a line each."""
+    """Raise ConfigError if there are any obstacles, one line each."""
     lines = list(obstacles)
     if lines:
         raise ConfigError("\n       ".join(lines))
@@ -59,11 +61,16 @@ def obstacles(config: Config, resume: bool, allow_changes: bool) -> Iterator[str
     yield from shortfalls(config)
     yield from unusable_files(config)
     yield from output_obstacles(config, resume, allow_changes)
+    with contextlib.suppress(ValueError):  # a config.json that cannot be read: loading the model says so
+        yield from too_little_space(config, model_config(config.paths.model_path))
 
 
 def shortfalls(config: Config, inputs: Sequence[str] = INPUTS) -> Iterator[str]:
     """What this machine lacks for the config."""
     yield from _missing_inputs(config, inputs)
+    for field, names in own_code(config).items():
+        reasons = {name: unusable_own(name) for name in names}
+        yield from (f"{field} = {name!r}: {reason}" for name, reason in reasons.items() if reason is not None)
     yield from _model_obstacles(config)
     if config.training.device.startswith("cuda") and not has_gpu():
         yield f"training.device = {config.training.device!r}: no NVIDIA GPU here; set training.device=cpu"
@@ -98,10 +105,8 @@ def _model_obstacles(config: Config) -> Iterator[str]:
             hint = _where_to_get(model_path, "give a checkpoint folder or a hub name")
             yield f"{named}: no config.json there; {hint}"
             return
-    elif not is_cached(model_path):
-        reason = why_not_fetched(model_path)
-        if reason is not None:
-            yield f"{named}: {reason}"
+    elif (reason := unavailable(model_path)) is not None:
+        yield f"{named}: {reason}"
     try:
         sizes = model_config(model_path)
         context = None if sizes is None else context_of(sizes)
@@ -162,6 +167,7 @@ def output_obstacles(config: Config, resume: bool, allow_changes: bool) -> Itera
         yield from _unusable_checkpoints(config, folder / CHECKPOINTS_FOLDER)
         if not allow_changes:
             yield from _other_config(config, folder)
+            yield from _other_code(config, folder)
 
 
 def _unusable_checkpoints(config: Config, folder: Path) -> Iterator[str]:
@@ -193,3 +199,19 @@ def _other_config(config: Config, folder: Path) -> Iterator[str]:
             f"{folder} has checkpoints but no {CONFIG_FILE}, so nobody can tell whether this config is theirs; put the "
             "file back, or insist with --allow-changes"
         )
+
+
+def _other_code(config: Config, folder: Path) -> Iterator[str]:
+    """Which of the user's own functions are in files that have changed since the run was last launched."""
+    try:
+        launches = earlier_launches(folder)
+    except ValueError:
+        return  # told above
+    saved = launches[-1].get("own_code", {}) if launches and isinstance(launches[-1], dict) else {}
+    for field, names in own_code(config).items():
+        for name in names:
+            if unusable_own(name) is None and saved.get(name, digest(name)) != digest(name):
+                yield (
+                    f"{field} = {name!r}: the file has changed since the run was begun; put it back as it was, or "
+                    "insist with --allow-changes"
+                )

@@ -1,15 +1,15 @@
-"""What may differ between a run's config and that of its resumption. Standard library only."""
+"""Which fields may change when a run is resumed. Standard library only."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from typing import Any
 
-# What may differ between a run and its resumption: none of it changes what the run is an experiment on.
+# Fields that may change when a run is resumed: none of them changes what the run investigates.
 MAY_CHANGE = frozenset(
     {
         "paths.output_dir",
-        # How long, how often, how loud.
+        # How long it runs, how often it evaluates and saves, what it reports.
         "training.n_grpo_steps",
         "training.max_hours",
         "training.max_nonfinite_steps",
@@ -21,7 +21,7 @@ MAY_CHANGE = frozenset(
         "training.wandb_run_name",
         "training.wandb_tags",
         "training.track_peak_memory",
-        # Hardware: the same numbers but for rounding.
+        # Hardware: the numbers stay the same up to rounding.
         "training.device",
         "training.cpu_threads",
         "training.attention_type",
@@ -48,14 +48,16 @@ MAY_CHANGE = frozenset(
         "grader.memory_limit_mb",
     }
 )
-MAY_CHANGE_SECTIONS = frozenset({"guard"})  # it watches the run and changes none of its numbers
+MAY_CHANGE_SECTIONS = frozenset({"guard"})  # it only watches the run
 
 
 def changed_fields(saved: Any, config: Any) -> list[str]:
-    """Fields in which two configs differ and which may not change when a run is resumed, with both values."""
+    """The fields in which two configs differ although they may not change on resume, each with both values."""
     old, new = asdict(saved), asdict(config)
-    # This mode divides by the longest response among so many rows, so there the number is part of the loss.
+    # `microbatch` divides by a microbatch's longest response, so the microbatch size changes the loss.
     fixed = {"training.gradient_accumulation_steps"} if config.training.normalize_mode == "microbatch" else set()
+    if config.training.lr_schedule != "constant":  # it falls to 0 at the last step
+        fixed.add("training.n_grpo_steps")
     return [
         f"{section}.{name}: saved {old[section].get(name)!r}, asked for {value!r}"
         for section in new

@@ -49,16 +49,16 @@ def parse_yaml(text: str) -> yaml.Node | None:
 
 
 def entries(mapping: yaml.MappingNode) -> Entries:
-    """The keys of a mapping as texts. Raises NotYamlError for one that is no text, or that is there twice."""
-    found: Entries = {}
+    """The keys of a mapping, as texts. Raises NotYamlError for a key that is no text, and for one that comes twice."""
+    by_key: Entries = {}
     for key, value in mapping.value:
         line = key.start_mark.line + 1
         if not isinstance(key, yaml.ScalarNode):
             raise NotYamlError(f"{source_of(key)} cannot be a key", line)
-        if key.value in found:
+        if key.value in by_key:
             raise NotYamlError(f"duplicate key {key.value}", line)
-        found[key.value] = value, line
-    return found
+        by_key[key.value] = value, line
+    return by_key
 
 
 def is_null(node: yaml.Node) -> bool:
@@ -100,7 +100,7 @@ def source_of(node: yaml.Node) -> str:
 
 
 def dump(values: dict[str, Any]) -> str:
-    """Nested plain values as YAML, in ASCII, a line per field."""
+    """Nested plain values as YAML, in ASCII, one line per field."""
     return yaml.safe_dump(values, sort_keys=False, width=float("inf"))
 
 

@@ -1,231 +1,81 @@
-"""Are two formulas equal? Parsed by Math-Verify's LaTeX grammar, then evaluated at points. Runs in the worker only.
+"""Are two formulas equal? They are compared by their values at a few points. Runs in the worker only.
 
-Rational values are computed exactly; others to 60 digits, which no two answers to one problem share by accident. The
-parser builds a tree and evaluates nothing; the evaluator below walks it under its own limits. Neither hands text to
-Python's or sympy's expression readers.
+Rational values are exact; others have 60 digits, which no two answers to one problem share by accident, and where they
+do, 320 digits decide.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
-import math
 import operator
 from collections.abc import Callable
 from fractions import Fraction
 
 import mpmath
-import sympy
-from antlr4 import Token
-from latex2sympy2_extended.latex2sympy2 import ConversionConfig, _Latex2Sympy
-from sympy.core.function import AppliedUndef
 
-from utils.rewards.limits import refusal
-from utils.rewards.numbers import approximates, parse_number
-from utils.rewards.slashes import group_slashes
-
-Number = Fraction | mpmath.mpf | mpmath.mpc
+from utils.rewards.formulas import Number, UnsupportedError, as_float, combine, evaluate, parse
+from utils.rewards.numbers import approximates, rounds_to
 
 DIGITS = 60
-TOLERANCE = mpmath.mpf(10) ** -40
-MAX_EXACT_BITS = 20_000
-MAX_EXPONENT = 10**6
-MAX_FACTORIAL = 1_000
-MAX_ARGUMENT = 10**9  # of functions other than the logarithm
+MORE_DIGITS = 320  # what decides whether a tiny difference is one, or rounding
+TOLERANCE = mpmath.mpf(10) ** -40  # of values that DIGITS give
+FINE_TOLERANCE = mpmath.mpf(10) ** -240  # of values that MORE_DIGITS give
 POINTS = 3
 
 
-class UnsupportedError(ValueError):
-    """The formula cannot be parsed, has no value, or would take too much to evaluate."""
-
-
-class _Parser(_Latex2Sympy):
-    """Math-Verify's converter, with numbers read exactly and nothing evaluated early."""
-
-    def __init__(self) -> None:
-        super().__init__(is_real=None, convert_degrees=False, config=ConversionConfig(lowercase_symbols=False))
-
-    def parse(self, latex_str: str) -> sympy.Expr:
-        """Read one expression and nothing else: the grammar's rules for sets and relations are slow, and not needed."""
-        parser = self.create_parser(latex_str)
-        tree = parser.expr()
-        if parser.getCurrentToken().type != Token.EOF:
-            raise UnsupportedError("more than one expression")
-        return self.convert_expr(tree)
-
-    def parse_number(self, text: str) -> sympy.Rational:
-        value = parse_number(text)
-        if value is None:
-            raise UnsupportedError(f"number {text[:40]}")
-        return sympy.Rational(value.numerator, value.denominator)
-
-    def convert_binom(self, binom: object) -> sympy.Expr:
-        return sympy.binomial(self.convert_expr(binom.upper), self.convert_expr(binom.lower), evaluate=False)
-
-    def handle_exp(self, func: object) -> sympy.Expr:
-        power = func.supexpr()
-        if not power:
-            return sympy.E
-        exponent = self.convert_expr(power.expr()) if power.expr() else self.convert_atom(power.atom())
-        return sympy.Pow(sympy.E, exponent, evaluate=False)
-
-
-@functools.lru_cache(maxsize=256)
-def parse(formula: str) -> sympy.Expr:
-    """The tree of a canonical formula. Raises UnsupportedError."""
-    reason = refusal(formula)
-    if reason:
-        raise UnsupportedError(reason)
-    try:
-        tree = _Parser().parse(group_slashes(formula).replace("'", "_{prime}"))
-    except (RecursionError, MemoryError):
-        raise
-    except Exception as error:  # the grammar raises plain Exception for what it does not read
-        raise UnsupportedError(f"grammar: {error}") from error
-    if not isinstance(tree, sympy.Expr):
-        raise UnsupportedError(f"no expression but {type(tree).__name__}")
-    return tree
-
-
-def _point(name: str, trial: int) -> Fraction:
-    """A value for a variable: arbitrary, of either sign, the same in every process."""
-    number = int.from_bytes(hashlib.blake2b(f"{trial}/{name}".encode(), digest_size=4).digest(), "big")
-    return Fraction(number % 4001 - 2000, 641) or Fraction(1, 3)
-
-
-def _mp(value: Number) -> mpmath.mpf | mpmath.mpc:
-    return mpmath.mpf(value.numerator) / value.denominator if isinstance(value, Fraction) else value
-
-
-def _finite(value: Number) -> Number:
-    """The value, unless it is infinite or no number, which every comparison with a tolerance would let through."""
-    if not isinstance(value, Fraction) and not mpmath.isfinite(value):
-        raise UnsupportedError("infinite")
-    return value
-
-
-def _power(base: Number, exponent: Number) -> Number:
-    if abs(exponent) > MAX_EXPONENT:
-        raise UnsupportedError("exponent")
-    if isinstance(exponent, Fraction):
-        if exponent.denominator > MAX_EXPONENT:
-            raise UnsupportedError("exponent")
-        if isinstance(base, Fraction):
-            if exponent.denominator == 1:
-                bits = max(base.numerator.bit_length(), base.denominator.bit_length())
-                if bits * abs(exponent) <= MAX_EXACT_BITS and (base or exponent >= 0):
-                    return base ** int(exponent)
-            elif exponent.denominator == 2 and base >= 0 and abs(exponent) < 100:
-                root = [sympy.integer_nthroot(part, 2) for part in (base.numerator, base.denominator)]
-                if root[0][1] and root[1][1] and (base or exponent > 0):
-                    return Fraction(int(root[0][0]), int(root[1][0])) ** exponent.numerator
-            elif exponent.denominator % 2 and base < 0:  # the real cube root of a negative number
-                return (-1) ** exponent.numerator * _power(-base, exponent)
-    if base == 0 and not (isinstance(exponent, Fraction) and exponent > 0):
-        raise UnsupportedError("power of zero")
-    return _finite(mpmath.power(_mp(base), _mp(exponent)))
-
-
-def _factorial(value: Number) -> Number:
-    if isinstance(value, Fraction) and value.denominator == 1 and 0 <= value <= MAX_FACTORIAL:
-        return Fraction(math.factorial(int(value)))
-    if abs(value) > MAX_FACTORIAL:
-        raise UnsupportedError("factorial")
-    return _finite(mpmath.gamma(_mp(value) + 1))
-
-
-def _binomial(top: Number, bottom: Number) -> Number:
-    whole = all(isinstance(value, Fraction) and value.denominator == 1 for value in (top, bottom))
-    if whole and 0 <= bottom <= top <= MAX_FACTORIAL:
-        return _factorial(top) / (_factorial(bottom) * _factorial(top - bottom))
-    if max(abs(top), abs(bottom)) > MAX_FACTORIAL:
-        raise UnsupportedError("binomial")
-    return _finite(mpmath.binomial(_mp(top), _mp(bottom)))
-
-
-def _floor(value: Number) -> Number:
-    return Fraction(value.numerator // value.denominator) if isinstance(value, Fraction) else mpmath.floor(value)
-
-
-def _by_mpmath(name: str) -> Callable[..., Number]:
-    def function(*values: Number) -> Number:
-        if name != "log" and any(abs(value) > MAX_ARGUMENT for value in values):
-            raise UnsupportedError("argument")
-        return _finite(getattr(mpmath, name)(*map(_mp, values)))
-
-    return function
-
-
-TRANSCENDENTAL = ["sin", "cos", "tan", "sec", "csc", "cot", "asin", "acos", "atan", "asec", "acsc", "acot"]
-TRANSCENDENTAL += ["sinh", "cosh", "tanh", "asinh", "acosh", "atanh", "exp", "log", "gamma"]
-FUNCTIONS = {name: _by_mpmath(name) for name in TRANSCENDENTAL}
-FUNCTIONS |= {"factorial": _factorial, "binomial": _binomial, "floor": _floor, "Abs": abs}
-FUNCTIONS["ceiling"] = lambda value: -_floor(-value)
-
-
-def evaluate(tree: sympy.Basic, trial: int) -> Number:
-    """The value of a tree at the point of a trial: a Fraction while it is rational. Raises UnsupportedError."""
-    if isinstance(tree, sympy.Rational):
-        return Fraction(int(tree.p), int(tree.q))
-    if tree is sympy.pi:
-        return +mpmath.pi
-    if tree is sympy.E:
-        return +mpmath.e
-    if tree is sympy.I or (isinstance(tree, sympy.Symbol) and tree.name == "i"):
-        return mpmath.mpc(0, 1)
-    if isinstance(tree, sympy.Symbol | sympy.NumberSymbol):
-        return _point(str(tree), trial)
-    values = [evaluate(argument, trial) for argument in tree.args]
-    if isinstance(tree, sympy.Add):
-        return _combine(values, operator.add)
-    if isinstance(tree, sympy.Mul):
-        return _combine(values, operator.mul)
-    if isinstance(tree, sympy.Pow):
-        return _power(*values)
-    if isinstance(tree, AppliedUndef):  # f(2): any function will do, so long as it tells its arguments apart
-        key = ",".join(mpmath.nstr(_mp(value), 30) for value in values)
-        return _point(f"{tree.func.__name__}({key})", trial)
-    function = FUNCTIONS.get(type(tree).__name__)
-    if function is None:
-        raise UnsupportedError(type(tree).__name__)
-    return function(*values)
-
-
-def _combine(values: list[Number], operation: Callable[[Number, Number], Number]) -> Number:
-    if not all(isinstance(value, Fraction) for value in values):
-        values = [_mp(value) for value in values]
-    result = functools.reduce(operation, values)
-    if (
-        isinstance(result, Fraction)
-        and result.denominator.bit_length() + result.numerator.bit_length() > MAX_EXACT_BITS
-    ):
-        raise UnsupportedError("size")
-    return _finite(result)
-
-
 def _close(one: Number, other: Number) -> bool:
+    """Whether two values may be equal: their difference is small, beside them or beside 1."""
     if isinstance(one, Fraction) and isinstance(other, Fraction):
         return one == other
-    one, other = _mp(one), _mp(other)
+    one, other = as_float(one), as_float(other)
     return abs(one - other) <= TOLERANCE * max(1, abs(one), abs(other))
 
 
 @functools.lru_cache(maxsize=1024)
-def _value(formula: str, trial: int) -> Number:
+def _value(formula: str, trial: int, digits: int = DIGITS) -> Number:
+    """The value at the point of a trial. Raises UnsupportedError."""
     try:
-        return evaluate(parse(formula), trial)
+        with mpmath.workdps(digits):
+            return evaluate(parse(formula), trial)
     except (ZeroDivisionError, OverflowError, TypeError, ValueError) as error:
         raise UnsupportedError(str(error)) from error
+
+
+def _same_at(one: str, other: str, trial: int) -> bool:
+    """Whether two formulas have the same value at the point of a trial.
+
+    `e^{-100}` and 0 are close, and so are `1+e^{-100}` and 1. With more digits a difference stays if it is one, and
+    shrinks with the precision if it is rounding, as in `\\sqrt{2}^2-2`.
+    """
+    values = _value(one, trial), _value(other, trial)
+    if not _close(*values):
+        return False
+    if all(isinstance(value, Fraction) for value in values):
+        return True
+    with mpmath.workdps(MORE_DIGITS):
+        finer = as_float(_value(one, trial, MORE_DIGITS)), as_float(_value(other, trial, MORE_DIGITS))
+        rough, fine = abs(as_float(values[0]) - as_float(values[1])), abs(finer[0] - finer[1])
+        return fine <= FINE_TOLERANCE * max(map(abs, finer)) or fine <= TOLERANCE * rough
 
 
 def _names(formula: str) -> set[str]:
     return {symbol.name for symbol in parse(formula).free_symbols} - {"i"}
 
 
-def _approximates(decimal: str, value: Number) -> bool:
-    if "." not in decimal or (isinstance(value, mpmath.mpc) and value.imag):
-        return False
-    return approximates(decimal, Fraction(mpmath.nstr(mpmath.re(_mp(value)), DIGITS - 10)))
+def _real_value(formula: str) -> Fraction | None:
+    """The value of a formula as a fraction, good to DIGITS - 10 digits; None if it is not real or holds variables."""
+    value = _value(formula, 0)
+    if _names(formula) or (isinstance(value, mpmath.mpc) and value.imag):
+        return None
+    return value if isinstance(value, Fraction) else Fraction(mpmath.nstr(mpmath.re(value), DIGITS - 10))
+
+
+def _approximates(decimal: str, formula: str) -> bool:
+    return "." in decimal and (value := _real_value(formula)) is not None and approximates(decimal, value)
+
+
+def _rounds_to(formula: str, decimal: str) -> bool:
+    return (value := _real_value(formula)) is not None and rounds_to(value, decimal)
 
 
 class PointAlgebra:
@@ -235,29 +85,29 @@ class PointAlgebra:
         self.refused = False
 
     def equal(self, one: str, other: str) -> bool:
-        with mpmath.workdps(DIGITS):
-            try:
-                return _equal(one, other)
-            except UnsupportedError:
-                self.refused = True
-                return False
+        return self._decide(_equal, one, other)
 
     def proportional(self, one: tuple[str, str], other: tuple[str, str], positive: bool) -> bool:
+        return self._decide(_proportional, one, other, positive)
+
+    def rounds_to(self, formula: str, decimal: str) -> bool:
+        return self._decide(_rounds_to, formula, decimal)
+
+    def _decide(self, decide: Callable[..., bool], *formulas: object) -> bool:
         with mpmath.workdps(DIGITS):
             try:
-                return _proportional(one, other, positive)
+                return decide(*formulas)
             except UnsupportedError:
                 self.refused = True
                 return False
 
 
 def _equal(one: str, other: str) -> bool:
-    value, other_value = _value(one, 0), _value(other, 0)
-    if _close(value, other_value):
-        return all(_close(_value(one, trial), _value(other, trial)) for trial in range(1, POINTS))
+    if _same_at(one, other, 0):
+        return all(_same_at(one, other, trial) for trial in range(1, POINTS))
     if _names(one) or _names(other):
         return False
-    return _approximates(one, other_value) or _approximates(other, value)
+    return _approximates(one, other) or _approximates(other, one)
 
 
 def _proportional(one: tuple[str, str], other: tuple[str, str], positive: bool) -> bool:
@@ -265,7 +115,7 @@ def _proportional(one: tuple[str, str], other: tuple[str, str], positive: bool) 
         return False
     ratios = []
     for trial in range(POINTS):
-        left, right = [_mp(_combine([_value(a, trial), -_value(b, trial)], operator.add)) for a, b in (one, other)]
+        left, right = [as_float(combine([_value(a, trial), -_value(b, trial)], operator.add)) for a, b in (one, other)]
         if abs(left) < TOLERANCE or abs(right) < TOLERANCE:
             return False
         ratios.append(left / right)

@@ -8,22 +8,26 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from fractions import Fraction
 from typing import Protocol
 
+from utils.rewards.intervals import AND, as_condition, named_interval
 from utils.rewards.limits import MAX_LIST_ITEMS, MAX_MATRIX_CELLS
-from utils.rewards.numbers import approximates, parse_number, parse_number_words
+from utils.rewards.matrices import MATRIX, is_determinant, matrix_rows
+from utils.rewards.numbers import parse_number
+from utils.rewards.plain import same_numbers, same_text, same_words
+from utils.rewards.ratios import are_times, same_ratio, same_time
 from utils.rewards.structure import (
     FLIPPED,
     LIST_SEPARATORS,
     RELATIONS,
-    as_interval,
     enclosed,
+    is_name,
     named_value,
     split_top,
     squash,
 )
-from utils.rewards.units import TEXT, split_unit, units_agree
+from utils.rewards.twice import agree, split_approximation
+from utils.rewards.units import split_unit, units_agree
 
 
 class Algebra(Protocol):
@@ -35,94 +39,66 @@ class Algebra(Protocol):
     def proportional(self, one: tuple[str, str], other: tuple[str, str], positive: bool) -> bool:
         """Whether left - right of the one is a constant times (a positive one?) left - right of the other."""
 
+    def rounds_to(self, formula: str, decimal: str) -> bool:
+        """Whether a decimal is the value of a formula without variables, rounded or cut off."""
+
 
 IN_BASE = re.compile(r"-?[0-9][0-9A-Za-z.]*_\{[^{}]*\}|-?[0-9A-F.]+_\{[0-9]+\}")
-MATRIX = re.compile(
-    r"\\begin ?\{(?P<kind>[a-zA-Z]*matrix|array)\} ?(?:\{[^{}]*\})?(?P<body>.*)\\end ?\{(?P=kind)\}", re.S
-)
 UNORDERED = ("list", "braces", "set", "union")
-WORDS = re.compile(r"(?!.*\b(?:and|or)\b)[A-Za-z][A-Za-z0-9 '.-]*")
+OR = {"or", "\\text{or}"}
 
 
 def same(prediction: str, truth: str, algebra: Algebra) -> bool:
     """Whether two canonical answers are equal."""
     if not squash(prediction) or not squash(truth):
         return False
-    if _same_text(prediction, truth):
+    if same_text(prediction, truth):
         return True
-    verdict = _same_numbers(prediction, truth)
-    if verdict is not None:
-        return verdict
-    verdict = _same_words(prediction, truth)
-    if verdict is not None:
-        return verdict
+    for decide in (same_numbers, same_words):
+        verdict = decide(prediction, truth)
+        if verdict is not None:
+            return verdict
+    given_twice = split_approximation(prediction), split_approximation(truth)
+    if any(given_twice):
+        return _same_given_twice(prediction, truth, given_twice, algebra)
+    prediction, truth = as_condition(prediction), as_condition(truth)
     one, other = _Collection(prediction), _Collection(truth)
     if one.kind or other.kind:
         return one.equals(other, algebra)
     return _same_single(prediction, truth, algebra)
 
 
-def _same_text(prediction: str, truth: str) -> bool:
-    one, other = squash(prediction), squash(truth)
-    if "\\text" in prediction or "\\text" in truth:
-        one, other = one.casefold(), other.casefold()
-    return one == other
-
-
-def _same_numbers(prediction: str, truth: str) -> bool | None:
-    """Whether two numbers are equal, units and all; None where one of them is no number."""
-    (value, unit), (true_value, true_unit) = split_unit(prediction), split_unit(truth)
-    one, other = _number(value), _number(true_value)
-    if one is None or other is None:
-        return None
-    equal = one == other or approximates(value, other) or approximates(true_value, one)
-    return equal and units_agree(unit, true_unit)
-
-
-def _number(text: str) -> Fraction | None:
-    number = parse_number(text)
-    return number if number is not None else parse_number_words(TEXT.sub(r" \1 ", text))
-
-
-def _words(text: str) -> str | None:
-    """The words that a text consists of, in lower case, without a parenthesis around them; None if it is no words."""
-    plain = " ".join(TEXT.sub(r" \1 ", text).split())
-    if plain.startswith("(") and plain.endswith(")"):
-        plain = plain[1:-1].strip()
-    return plain.rstrip(".").lower() if WORDS.fullmatch(plain) else None
-
-
-def _surely_words(text: str) -> bool:
-    """Whether a text of letters is meant as words: `\\text{AB}` and `odd` are, the products `ab` and `xyz` are not."""
-    if TEXT.search(text):
-        return True
-    runs = re.findall(r"[A-Za-z]+", text)
-    return any((len(run) >= 3 and list(run) != sorted(set(run))) or run in ("no", "on") for run in runs)
-
-
-def _same_words(prediction: str, truth: str) -> bool | None:
-    """Whether two answers in words are equal; None where no words decide."""
-    one, other = _words(prediction), _words(truth)
-    if (one is None or not _surely_words(prediction)) and (other is None or not _surely_words(truth)):
-        return None
-    if one is not None and other is not None:
-        return one == other
-    return False
+def _same_given_twice(
+    prediction: str, truth: str, pairs: tuple[tuple[str, str] | None, tuple[str, str] | None], algebra: Algebra
+) -> bool:
+    """`2\\sqrt{2} \\approx 2.83` against `2\\sqrt{2}`, or against the decimal alone."""
+    if not all(agree(*pair, algebra.rounds_to) for pair in pairs if pair):
+        return False
+    exact, other_exact = (pair[0] if pair else text for pair, text in zip(pairs, (prediction, truth), strict=True))
+    if not all(pairs):
+        decimal, alone = (pairs[0][1], truth) if pairs[0] else (pairs[1][1], prediction)
+        if "." in alone and same_numbers(decimal, alone):
+            return True
+    return same(exact, other_exact, algebra)
 
 
 class _Collection:
     """An answer of several members.
 
-    `kind` is "list" (bare), "braces" (bare, in braces that LaTeX does not print), "set", "union", the brackets of an
-    ordered one, such as "()" or "[)", or "" for an answer that is no collection.
+    `kind` is "list" (bare), "and" (conditions that hold together), "braces" (bare, in braces that LaTeX does not
+    print), "set", "union", the brackets of an ordered one, such as "()" or "[)", or "" for an answer that is none.
+    `alternatives`: its members are separated by "or" alone.
     """
 
     def __init__(self, text: str):
         self.kind, self.members = "", [text]
-        parts, _ = split_top(text, LIST_SEPARATORS)
+        parts, separators = split_top(text, LIST_SEPARATORS)
+        self.alternatives = bool(separators) and set(separators) <= OR
         around = enclosed(text)
         if len(parts) > 1:
-            self.kind, self.members = "list", _pair_up(text, parts)
+            self.kind, self.members = "list", _excluded(_pair_up(text, parts))
+            if AND.intersection(separators) and not OR.intersection(separators) and _bound_one_name(self.members):
+                self.kind = "and"
         elif "\\cup" in text and len(union := split_top(text, {"\\cup"})[0]) > 1:
             self.kind, self.members = "union", union
         elif around and around[0] in ("\\{", "{"):
@@ -149,6 +125,9 @@ class _Collection:
             return self._versus_single(other.members[0], algebra)
         if len(self.members) != len(other.members) or len(self.members) > MAX_LIST_ITEMS:
             return False
+        if "and" in (self.kind, other.kind):
+            same_sense = {self.kind, other.kind} <= {"and", "list"} and not (self.alternatives or other.alternatives)
+            return same_sense and _same_in_any_order(self.members, other.members, algebra)
         if self.kind in UNORDERED and other.kind in UNORDERED:
             if (self.kind == "union") != (other.kind == "union") and not (self._relations() or other._relations()):
                 return False
@@ -165,16 +144,41 @@ class _Collection:
         return all(split_top(member, set(FLIPPED))[1] for member in self.members)
 
     def _named(self) -> bool:
-        """Whether the members belong to different names, so that their order counts where names are left out."""
+        """Whether the members belong to different names, so that their order counts if names are left out."""
         return len({named_value(member)[0] for member in self.members} - {""}) > 1
 
     def _versus_single(self, single: str, algebra: Algebra) -> bool:
-        """Against an answer that is no collection itself: `(x,y) = (1,2)`, `x \\in [1,2]`, `1 < x < 2`."""
+        """Against an answer that is no collection itself: `(x,y) = (1,2)`, `x \\in [1,2]`, `1 < x < 2`, a column."""
+        if self.kind == "list" and self.alternatives and not split_top(single, set(FLIPPED))[1]:
+            return all(same(member, single, algebra) for member in self.members)  # one value, written in two ways
         name, value = named_value(single)
         if name:
             return self.equals(_Collection(value), algebra)
-        interval = as_interval(single)
-        return interval is not None and self.equals(_Collection(interval), algebra)
+        if self.kind == "()" and (matrix := MATRIX.fullmatch(single)) and not is_determinant(matrix):
+            rows = matrix_rows(matrix)
+            return all(len(row) == 1 for row in rows) and _same_in_order(
+                self.members, [row[0] for row in rows], algebra
+            )
+        interval = named_interval(single)
+        return interval is not None and self.equals(_Collection(interval[1]), algebra)
+
+
+def _bound_one_name(members: list[str]) -> bool:
+    """Whether the members are conditions on one name, at least one of them an inequality."""
+    names, bounds = [], 0
+    for member in members:
+        sides, relations = split_top(member, RELATIONS)
+        names.append({squash(side) for side in sides if is_name(squash(side))} if relations else set())
+        bounds += any(relation in FLIPPED for relation in relations)
+    return bounds > 0 and bool(set.intersection(*names))
+
+
+def _excluded(members: list[str]) -> list[str]:
+    """`x \\neq 1, 2` -> `x \\neq 1`, `x \\neq 2`."""
+    sides, relations = split_top(members[0], RELATIONS)
+    if relations != ["\\neq"] or any(split_top(member, RELATIONS)[1] for member in members[1:]):
+        return members
+    return [members[0], *(f"{sides[0]}\\neq {member}" for member in members[1:])]
 
 
 def _pair_up(text: str, parts: list[str]) -> list[str]:
@@ -228,18 +232,25 @@ def _same_single(prediction: str, truth: str, algebra: Algebra) -> bool:
         return all(matrices) and _same_matrix(*matrices, algebra)
     ratios = split_top(prediction, {":"})[0], split_top(truth, {":"})[0]
     if len(ratios[0]) > 1 or len(ratios[1]) > 1:
-        return _same_in_order(*ratios, algebra)
+        if are_times(*ratios):
+            return same_time(*ratios)
+        return same_ratio(*ratios, algebra.equal) or _same_in_order(*ratios, algebra)
     return _same_formula(prediction, truth, algebra)
 
 
 def _same_relation(prediction: str, truth: str, one: tuple, other: tuple, algebra: Algebra) -> bool:
     names = named_value(prediction), named_value(truth)
+    intervals = named_interval(prediction), named_interval(truth)
     if not one[1] or not other[1]:
-        named = next((pair for pair in names if pair[0]), None)
-        if named:
+        if any(name for name, _ in names):
             return same(names[0][1], names[1][1], algebra)
-        intervals = as_interval(prediction) or prediction, as_interval(truth) or truth
-        return intervals != (prediction, truth) and same(*intervals, algebra)
+        if any(intervals):
+            mine, others = (interval and interval[1] for interval in intervals)
+            return same(mine or prediction, others or truth, algebra)
+        (chain, relations), single = (one, truth) if one[1] else (other, prediction)
+        return set(relations) == {"="} and all(same(member, single, algebra) for member in chain)  # 10^2 = 100
+    if all(intervals) and (["\\in"] in (one[1], other[1]) or len(one[1]) != len(other[1])):
+        return intervals[0][0] == intervals[1][0] and same(intervals[0][1], intervals[1][1], algebra)
     if names[0][0] and names[0][0] == names[1][0]:
         return same(names[0][1], names[1][1], algebra)
     (left, relations), (right, others) = one, other
@@ -269,11 +280,9 @@ def _same_two_sides(one: tuple[list[str], str], other: tuple[list[str], str], al
 
 
 def _same_matrix(one: re.Match[str], other: re.Match[str], algebra: Algebra) -> bool:
-    if ("vmatrix" in one["kind"].lower()) != ("vmatrix" in other["kind"].lower()):
+    if is_determinant(one) != is_determinant(other):
         return False
-    rows = [
-        [split_top(row, {"&"})[0] for row in split_top(matrix["body"], {"\\\\"})[0] if row] for matrix in (one, other)
-    ]
+    rows = matrix_rows(one), matrix_rows(other)
     if [len(row) for row in rows[0]] != [len(row) for row in rows[1]] or sum(map(len, rows[0])) > MAX_MATRIX_CELLS:
         return False
     return all(_same_in_order(left, right, algebra) for left, right in zip(*rows, strict=True))

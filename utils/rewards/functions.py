@@ -4,19 +4,29 @@ Each takes a whole batch of rollouts and a `Grader`, so that one batch is one gr
 format, answer and total, where total is 1 only for a right answer in the right format. The last in the dict only adds
 to a total: list it under `extra_rewards` with a weight.
 
+A function may say what it looks for, in an attribute `needs`: texts that a response must hold to earn a reward, each as
+a tuple of alternatives. `(("<answer>",), ("####", "="))` is `<answer>`, and `####` or `=`. It changes no reward; a look
+at responses counts them, to tell why rewards are 0.
+
 A response's text holds no end token: engines decode without special tokens. What was sampled is in a rollout's ids.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
+from configs.defaults import Training
+from utils.own_code import is_own
 from utils.records import Reward, Rollout
 from utils.rewards.grader import Grader, Truth, last_box
+from utils.rewards.own import own_reward_fn
 
 RewardFn = Callable[[Sequence[Rollout], Grader], list[Reward]]
+Needs = tuple[tuple[str, ...], ...]  # all of these, each in one of its spellings
 
 THINK_THEN_ANSWER = re.compile(r"</think> <answer>(?P<answer>.*)</answer>\s*\Z", re.DOTALL)
 TAGS = ("</think>", "<answer>", "</answer>")
@@ -49,8 +59,11 @@ def gsm8k_answer(response: str) -> str | None:
     return (answers[-1].strip() or None) if answers else None
 
 
-def graded(extract: Callable[[str], str | None]) -> RewardFn:
-    """The reward function that grades what `extract` finds; a response without an answer has no format."""
+def graded(extract: Callable[[str], str | None], needs: Needs) -> RewardFn:
+    """The reward function that grades what `extract` finds; a response without an answer has no format.
+
+    `extract` finds nothing in a response that lacks one of the texts in `needs`.
+    """
 
     def reward_fn(rollouts: Sequence[Rollout], grader: Grader) -> list[Reward]:
         answers = [extract(rollout.response) for rollout in rollouts]
@@ -60,6 +73,24 @@ def graded(extract: Callable[[str], str | None]) -> RewardFn:
         for i, right in zip(formatted, verdicts, strict=True):
             rewards[i] = Reward(format=1.0, answer=float(right), total=float(right))
         return rewards
+
+    reward_fn.needs = needs
+    return reward_fn
+
+
+def coin_flip(measured: RewardFn) -> RewardFn:
+    """A control: totals are 0 or 1 at random, whatever was answered, while format and answer are still measured.
+
+    A claim that training taught something needs a run in which the reward says nothing (Shao et al. 2025,
+    arXiv:2506.10947). The coin is a hash of a rollout's log-probs and place, so that a resumed run flips the same.
+    """
+
+    def reward_fn(rollouts: Sequence[Rollout], grader: Grader) -> list[Reward]:
+        totals = []
+        for place, rollout in enumerate(rollouts):
+            text = repr((place, rollout.response_ids, rollout.sampler_log_probs))
+            totals.append(float(hashlib.sha256(text.encode()).digest()[0] % 2))
+        return [replace(m, total=total) for m, total in zip(measured(rollouts, grader), totals, strict=True)]
 
     return reward_fn
 
@@ -75,29 +106,39 @@ def end_token_penalty(rollouts: Sequence[Rollout], grader: Grader) -> list[Rewar
 
 
 REWARD_FNS: dict[str, RewardFn] = {
-    "r1_zero": graded(r1_zero_answer),
-    "question_only": graded(question_only_answer),
-    "gsm8k": graded(gsm8k_answer),
+    "r1_zero": graded(r1_zero_answer, needs=(("</think> <answer>",), ("</answer>",))),
+    "question_only": graded(question_only_answer, needs=(("\\boxed{", "\\fbox{"),)),
+    "gsm8k": graded(gsm8k_answer, needs=(("####", "</answer>"),)),
+    "gsm8k_random": coin_flip(graded(gsm8k_answer, needs=(("####", "</answer>"),))),
     "end_token_penalty": end_token_penalty,
 }
 
 
 def find_reward_fn(name: str) -> RewardFn:
+    """One of REWARD_FNS, or the function that `path/to/file.py:function` names. Raises ValueError."""
+    if is_own(name):
+        return own_reward_fn(name)
     if name not in REWARD_FNS:
-        raise ValueError(f"unknown reward function {name!r}; choose from {', '.join(REWARD_FNS)}")
+        names = ", ".join(REWARD_FNS)
+        raise ValueError(f"unknown reward function {name!r}; choose from {names}, or path/to/file.py:function")
     return REWARD_FNS[name]
 
 
 class RewardScorer:
     """Scores batches of rollouts: the main reward function, plus the weighted totals of the extra ones.
 
-    Raises ValueError for a name that REWARD_FNS does not have.
+    Raises ValueError for a name that neither REWARD_FNS nor a file has.
     """
 
     def __init__(self, reward_fn: str, extra_rewards: dict[str, float], grader: Grader):
-        self.grader = grader
+        self.grader, self.name = grader, reward_fn
         self.main = find_reward_fn(reward_fn)
         self.extras = [(find_reward_fn(name), weight) for name, weight in extra_rewards.items()]
+
+    @property
+    def needs(self) -> Needs:
+        """What the main reward function looks for, as far as it says so."""
+        return getattr(self.main, "needs", ())
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Reward]:
         """One Reward per rollout, in order; `format` and `answer` are the main function's."""
@@ -109,6 +150,22 @@ class RewardScorer:
                 for reward, more in zip(rewards, extra, strict=True)
             ]
         return rewards
+
+
+def overlong_penalty(length: int, max_tokens: int, buffer: int) -> float:
+    """0 up to max_tokens - buffer tokens, then falling to -1 at max_tokens: DAPO (arXiv:2503.14476), equation 13."""
+    return min(0.0, (max_tokens - buffer - length) / buffer)
+
+
+def totals_with_overlong_penalty(
+    rollouts: Sequence[Rollout], rewards: Sequence[Reward], training: Training
+) -> list[float]:
+    """What rollouts are trained on: their totals, less a penalty for length if `overlong_buffer` is set."""
+    buffer, totals = training.overlong_buffer, [reward.total for reward in rewards]
+    if buffer is None:
+        return totals
+    lengths = [len(rollout.response_ids) for rollout in rollouts]
+    return [t + overlong_penalty(n, training.max_tokens, buffer) for t, n in zip(totals, lengths, strict=True)]
 
 
 @functools.cache

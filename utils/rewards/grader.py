@@ -33,7 +33,7 @@ class NeedsAlgebraError(Exception):
 
 
 class _NoAlgebra:
-    """Stands in for the algebra in the calling process: it says where the algebra would be needed.
+    """Stands in for the algebra in the calling process: it raises NeedsAlgebraError if the algebra would be needed.
 
     A formula that the guard lets into no parser equals nothing, and sets `refused`.
     """
@@ -47,6 +47,9 @@ class _NoAlgebra:
     def proportional(self, one: tuple[str, str], other: tuple[str, str], positive: bool) -> bool:
         return self._ask(*one, *other)
 
+    def rounds_to(self, formula: str, decimal: str) -> bool:
+        return self._ask(formula)
+
     def _ask(self, *formulas: str) -> bool:
         if not any(map(refusal, formulas)):
             raise NeedsAlgebraError
@@ -58,18 +61,18 @@ _canonical_truth = functools.lru_cache(maxsize=4096)(canonical)
 
 
 def check_truth(truth: Truth | None) -> None:
-    """Raise ValueError where a truth cannot be graded against: None, empty, or not text."""
+    """Raise ValueError if a truth cannot be graded against: None, empty, or not text."""
     members = truth if isinstance(truth, list | tuple) else [truth]
     if not members or not all(isinstance(member, str) and member.strip() for member in members):
         raise ValueError(f"truth {truth!r} is empty or not text; give an answer, or leave the problem out of the data")
 
 
 def last_box(text: str) -> str | None:
-    """What the last balanced `\\boxed{...}` or `\\fbox{...}` holds, stripped; None where there is none.
+    """What the last balanced `\\boxed{...}` or `\\fbox{...}` holds, stripped; None if absent.
 
     Of nested boxes it is the outer one.
     """
-    opened: list[int | None] = []  # per open brace: where its box's content starts, None where it is no box's
+    opened: list[int | None] = []  # per open brace: where its box's content starts, None if it is no box's
     content = None
     for match in re.finditer(r"\\f?box(?:ed)?\s*\{|\\.|[{}]", text, re.DOTALL):
         if match[0] == "}":
@@ -81,7 +84,7 @@ def last_box(text: str) -> str | None:
 
 
 def decide_fast(prediction: str, truth: str) -> tuple[str, tuple[str, str] | None]:
-    """("right" | "wrong" | "refused", None), or ("algebra", canonical pair) where text and numbers do not decide."""
+    """("right" | "wrong" | "refused", None), or ("algebra", canonical pair) if text and numbers do not decide."""
     if truth.split() == prediction.split():
         return "right", None
     if max(len(prediction), len(truth)) > MAX_ANSWER_LENGTH:
@@ -119,9 +122,9 @@ class Grader:
         self._lock, self._client, self._owner = threading.Lock(), GradingClient(*self.settings), os.getpid()
 
     def grade(self, pairs: Sequence[tuple[str, Truth]]) -> list[bool]:
-        """Whether each prediction equals its truth (any of them, where there are several), in order.
+        """Whether each prediction equals its truth (any of them, if there are several), in order.
 
-        Raises ValueError for an empty truth, and RuntimeError where the grading server cannot be started: a grader
+        Raises ValueError for an empty truth, and RuntimeError if the grading server cannot be started: a grader
         that does not work must not look like a policy that is always wrong.
         """
         if self._owner != os.getpid():  # a fork has neither the lock's holder nor a server of its own

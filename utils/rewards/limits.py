@@ -29,7 +29,7 @@ EXPONENT = re.compile(r"\^ ?\{([^{}]*)\}")
 
 
 def refusal(formula: str) -> str | None:
-    """Why a canonical formula must not be parsed, None where it may.
+    """Why a canonical formula must not be parsed, None if it may.
 
     Only macros that mean a number, a symbol or an elementary function are let through: no sums, integrals, limits,
     determinants, definitions or operator names.
@@ -75,7 +75,7 @@ def _too_high(exponent: str) -> bool:
 
 
 def _tower(formula: str) -> int:
-    """How many exponents stand on top of each other."""
+    """How many exponents are stacked on top of each other."""
     stack, highest = [], 0
     previous = ""
     for char in formula.replace(" ", ""):

@@ -18,7 +18,7 @@ class TooDeepError(ValueError):
 
 
 def _symbol_table() -> dict[int, str]:
-    """Unicode mathematics -> LaTeX: pylatexenc's table where it is about mathematics, ours where it is not."""
+    """Unicode mathematics -> LaTeX: pylatexenc's table for what is mathematics, and ours for the rest."""
     prefix, suffix = "\\ensuremath{", "}"
     table = {
         code: f"{latex.removeprefix(prefix).removesuffix(suffix)} "
@@ -46,6 +46,7 @@ RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n")
 LOWERED = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 DEGREE = r"\^\s*\{?\s*\\(?:circ|degree)(?![a-zA-Z])\s*\}?|\\degree(?![a-zA-Z])"
 ANGLE_FUNCTIONS = "sin|cos|tan|sec|csc|cot"
+ABOUT = r"(?<![a-zA-Z\\])(?:approximately|approx|about|roughly)\.?"
 FUNCTIONS = "arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|sec|csc|cot|log|ln|exp|gcd|lcm|max|min|det"
 
 
@@ -53,14 +54,14 @@ def _rules(*rules: tuple[str, str]) -> list[tuple[re.Pattern[str], str]]:
     return [(re.compile(pattern), replacement) for pattern, replacement in rules]
 
 
-# In this order. A macro's name ends where no letter follows.
+# In this order. A macro's name ends if no letter follows.
 REWRITES = _rules(
     (r"\\(?:[dtc]frac)(?![a-zA-Z])", r"\\frac"),
     (r"\\[dt]binom(?![a-zA-Z])", r"\\binom"),
     (r"\\(?:left|right|middle)\s*\.", ""),
     (r"\\(?:left|right|middle|[bB]igg?[lrm]?|displaystyle|textstyle|scriptstyle|limits|nolimits)(?![a-zA-Z])", ""),
     (r"\\(?:phantom|hspace\*?|vspace\*?|label|tag\*?)\s*\{[^{}]*\}", " "),
-    # Thousands: 1{,}234 and 1,\!234 and 1\,234 are one number; a bare comma is judged where numbers are read.
+    # Thousands: 1{,}234 and 1,\!234 and 1\,234 are one number; a bare comma is judged when numbers are read.
     (r"(?<=[0-9])(?:\{,\}|,\s*\\!|\\,|\\ )\s*(?=[0-9]{3}(?![0-9]))", ""),
     (r"\\!", ""),
     (r"(?<!\\)\\[,;:> ]|~|\\(?:quad|qquad|enspace|thinspace|medspace)(?![a-zA-Z])", " "),
@@ -88,6 +89,11 @@ REWRITES = _rules(
     (r"\\rbrace(?![a-zA-Z])", r"\\}"),
     (r"\\(?:lbrack)(?![a-zA-Z])", "["),
     (r"\\(?:rbrack)(?![a-zA-Z])", "]"),
+    (r"\\langle(?![a-zA-Z])", "("),
+    (r"\\rangle(?![a-zA-Z])", ")"),
+    (r"\\(?:approxeq|simeq|cong|doteq)(?![a-zA-Z])", r"\\approx "),
+    (rf"\\text\{{\s*(\(?)\s*{ABOUT}\s*\}}|(\(?){ABOUT}(?=\s*[-0-9.])", r"\1\2\\approx "),
+    (r"(?<=[0-9}])\s*\\text\{\s*to\s*\}\s*(?=[0-9\\])|(?<=[0-9])\s+to\s+(?=[0-9])", ":"),
     (r"\\(?:infin|infty)(?![a-zA-Z])|(?<![a-zA-Z\\])infinity(?![a-zA-Z])", r"\\infty "),
     (r"\+\s*\\infty", r"\\infty"),
     (r"\\(?:varnothing|emptyset)(?![a-zA-Z])|\\\{\s*\\\}", r"\\emptyset "),
@@ -103,7 +109,7 @@ REWRITES = _rules(
     (r"\\(?:lor|vee)(?![a-zA-Z])", r"\\text{ or }"),
     (r"\\&", r"\\text{ and }"),
     # What people type instead of LaTeX.
-    (rf"(?<![a-zA-Z\\])({FUNCTIONS})(?![a-zA-Z])", r"\\\1 "),
+    (rf"(?<![a-zA-Z\\])(?!(?:sec|min)\.?\s*(?:/|$))({FUNCTIONS})(?![a-zA-Z])", r"\\\1 "),  # 5 sec: no secant
     (r"(?<![a-zA-Z\\])(sqrt|pi|theta|alpha|beta)(?![a-zA-Z])", r"\\\1 "),
     (r"(?<=[0-9a-zA-Z])_([0-9]{2,})", r"_{\1}"),
     (r"_\s*\{?\s*\\text\{\s*(?:base)?\s*([^{}]*?)\s*\}\s*\}?", r"_{\1}"),
@@ -120,7 +126,7 @@ ARGUMENTS = {"\\frac": 2, "\\binom": 2, "\\sqrt": 1, "^": 1, "_": 1}
 
 
 def unwrap(text: str) -> str:
-    """Take off what stands around an answer: math delimiters, Markdown, boxes, `the answer is`, a full stop."""
+    """Remove what surrounds an answer: math delimiters, Markdown, boxes, `the answer is`, a full stop."""
     previous = None
     while previous != text:
         previous = text
@@ -219,4 +225,5 @@ def canonical(text: str) -> str:
     for pattern, replacement in REWRITES:
         text = pattern.sub(replacement, text)
     text = _Bracer(text).write()
-    return re.sub(r"\s+", " ", unwrap(text)).strip()
+    text = re.sub(r"\s+", " ", unwrap(text)).strip().removeprefix("\\approx").strip()
+    return re.sub(r"^<([^<>=]+,[^<>=]+)>$", r"(\1)", text)

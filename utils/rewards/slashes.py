@@ -2,7 +2,7 @@
 
 The grammar takes everything that is multiplied on to the right of a slash into the denominator. Readers do not:
 
-    1/2x, -3/2 x     a fraction of numbers stands for itself: x/2, -3x/2
+    1/2x, -3/2 x     a fraction of numbers is one factor: x/2, -3x/2
     a/b x, x/(2) y   a space or a closed bracket ends the denominator: ax/b, xy/2
     -b/2a, 1/xy      otherwise what is written without a gap belongs together: -b/(2a), 1/(xy)
     5!/2!3!          so do factorials, and brackets side by side: 1/(x+1)(x+2)
@@ -24,7 +24,7 @@ FUNCTION = re.compile(r"\\(?:arc)?(?:sin|cos|tan|sec|csc|cot)h?|\\log|\\ln|\\exp
 BREAKS = {"+", "-", "\\cdot", ",", ")", "]", "}", "\\rfloor", "\\rceil", "|"}
 SUFFIXES = {"!", "'"}
 PLAIN = re.compile(r"[0-9]+(?:\.[0-9]+)?|\.[0-9]+")
-SIMPLE_FRACTION = re.compile(r"\\frac\{([0-9]+)\}\{([0-9]+)\}")
+SIMPLE_FRACTION = re.compile(r"\\frac\{[0-9]+\}\{[0-9]+\}")
 MAX_SLASHES = 3  # of one term; more are left to the grammar
 
 
@@ -68,11 +68,11 @@ class _Reader:
         return self.tokens[self.position - 1]
 
     def sequence(self, until: str) -> str:
-        """Terms and the signs between them, up to the closing bracket, which is consumed."""
+        """Terms and the signs between them, up to the closing bracket and with it."""
         pieces = []
         while self.peek():
             if self.peek() == until:
-                self.take()
+                pieces.append(self.take())
                 break
             pieces.append(self.term())
             if self.peek() in BREAKS and self.peek() != until:
@@ -101,7 +101,7 @@ class _Reader:
         token = self.take()
         text = token
         if token in CLOSING:
-            text = token + " " * token[-1].isalpha() + self.sequence(CLOSING[token]) + CLOSING[token]
+            text = token + " " * token[-1].isalpha() + self.sequence(CLOSING[token])
         for _ in range(ARGUMENTS.get(token, 0)):
             text += self.script("[") + self.script("{")
         while self.peek() in ("^", "_", *SUFFIXES):
@@ -118,7 +118,7 @@ class _Reader:
             self.position = start
             return ""
         self.take()
-        return opening + self.sequence(CLOSING[opening]) + CLOSING[opening]
+        return opening + self.sequence(CLOSING[opening])
 
 
 def _fractions(parts: list[list[Factor]]) -> str:
@@ -149,10 +149,8 @@ def _begins_mixed_number(parts: list[list[Factor]]) -> bool:
 
 
 def _mixed_number(part: list[Factor]) -> list[Factor]:
-    """`1\\frac{1}{2}` at the start of a product becomes one factor; `2\\frac{3}{2}` is a product."""
-    if len(part) < 2 or not part[0].text.isdigit() or not (match := SIMPLE_FRACTION.fullmatch(part[1].text)):
-        return part
-    if int(match[1]) >= int(match[2]):
+    """`1\\frac{1}{2}` at the start of a product becomes one factor."""
+    if len(part) < 2 or not part[0].text.isdigit() or not SIMPLE_FRACTION.fullmatch(part[1].text):
         return part
     return [Factor(f"({part[0].text}+{part[1].text})", part[0].space, part[0].apart), *part[2:]]
 

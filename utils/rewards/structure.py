@@ -1,4 +1,4 @@
-"""How a canonical answer is built: pieces, brackets, names and their values, intervals. Text in, text out."""
+"""How a canonical answer is built: pieces, brackets, names and their values. Text in, text out."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def squash(text: str) -> str:
 
 
 def split_top(text: str, separators: set[str]) -> tuple[list[str], list[str]]:
-    """The pieces of a text between separators that stand outside all brackets, and those separators."""
-    pieces, found, current, depth = [], [], [], 0
+    """The pieces of a text between separators outside all brackets, and those separators."""
+    pieces, found_separators, current, depth = [], [], [], 0
     for token in TOKEN.findall(text):
         key = re.sub(r"\s+", "", token) if token.startswith("\\text") else token
         if token in OPENING or token.startswith("\\begin"):
@@ -47,15 +47,15 @@ def split_top(text: str, separators: set[str]) -> tuple[list[str], list[str]]:
             depth -= 1
         if depth == 0 and key in separators:
             pieces.append("".join(current).strip())
-            found.append(key)
+            found_separators.append(key)
             current = []
         else:
             current.append(token)
-    return [*pieces, "".join(current).strip()], found
+    return [*pieces, "".join(current).strip()], found_separators
 
 
 def enclosed(text: str) -> tuple[str, str, str] | None:
-    """(opening, content, closing) where one pair of brackets encloses the whole text, such as `[0,1)`."""
+    """(opening, content, closing) if one pair of brackets encloses the whole text, such as `[0,1)`; else None."""
     tokens = TOKEN.findall(text)
     if len(tokens) < 2 or tokens[0] not in OPENING or tokens[-1] not in CLOSING:
         return None
@@ -68,12 +68,12 @@ def enclosed(text: str) -> tuple[str, str, str] | None:
 
 
 def named_value(text: str) -> tuple[str, str]:
-    """(name, value) of `x = 5`, `5 = x`, `(x,y) = (1,2)`, `x \\in [1,2]`, `z = 1 + 1 = 2`; ("", text) of anything else.
+    """(name, value) of `x = 5`, `5 = x`, `(x,y) = (1,2)`, `x \\in [1,2]`, `z = 1 + 1 = 2`, `x \\approx 5`.
 
-    `2x + z = 1` names nothing: what stands beside the value must be a name, or it is an equation.
+    ("", text) of anything else: `2x + z = 1` is an equation, since no side of it is a name.
     """
     members, relations = split_top(text, RELATIONS)
-    if not relations or not (set(relations) == {"="} or relations == ["\\in"]):
+    if not relations or not (set(relations) == {"="} or relations in (["\\in"], ["\\approx"])):
         return "", text
     names = [squash(member) for member in members]
     name = next((name for name in names[:-1] if is_name(name)), "")
@@ -82,29 +82,3 @@ def named_value(text: str) -> tuple[str, str]:
     if relations[-1] == "=" and is_name(names[-1]):
         return names[-1], members[0]
     return "", text
-
-
-def as_interval(text: str) -> str | None:
-    """`x < 5`, `1 < x \\leq 2`, `|x| > 3` -> the interval, or the union of two; None for anything else."""
-    members, relations = split_top(text, RELATIONS)
-    if not relations or any(relation not in FLIPPED for relation in relations) or len(members) > 3:
-        return None
-    if relations[0] in (">", "\\geq"):
-        members, relations = members[::-1], [FLIPPED[relation] for relation in relations[::-1]]
-    if any(relation in (">", "\\geq") for relation in relations):
-        return None
-    if len(members) == 2:
-        name_first = is_name(squash(members[0]))
-        members = ["-\\infty", *members] if name_first else [*members, "\\infty"]
-        relations = ["<", *relations] if name_first else [*relations, "<"]
-    low, name, high = members
-    if not is_name(squash(name)):
-        return None
-    opening, closing = "[" if relations[0] == "\\leq" else "(", "]" if relations[1] == "\\leq" else ")"
-    if not name.startswith("|"):
-        return f"{opening}{low},{high}{closing}"
-    mirrored_opening, mirrored_closing = "[" if closing == "]" else "(", "]" if opening == "[" else ")"
-    if low == "-\\infty":
-        return f"{mirrored_opening}-({high}),{high}{closing}"
-    negative_high = "-\\infty" if high == "\\infty" else f"-({high})"
-    return f"{mirrored_opening}{negative_high},-({low}){mirrored_closing}\\cup {opening}{low},{high}{closing}"

@@ -10,14 +10,18 @@ from typing import TextIO
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from configs.defaults import Config
-from utils.algorithm.policy import build_optimizer, context_length, load_policy, load_tokenizer
+from configs.defaults import Config, Training
+from utils.algorithm.head import find_head
+from utils.algorithm.losses import find_loss
+from utils.algorithm.packing import is_packable
+from utils.algorithm.policy import build_optimizer, context_length, load_policy, load_reference, load_tokenizer
 from utils.engines import build_engine
 from utils.log.files import CONFIG_FILE, save_run_info
-from utils.log.output import claimed
+from utils.log.output import claimed, holds_run
 from utils.log.run_log import RunLog
+from utils.own_code import digests
 from utils.preflight.config import save_config, to_dict
-from utils.preflight.config_rules import ConfigError
+from utils.preflight.config_rules import ConfigError, own_code
 from utils.preflight.machine import machine_notes
 from utils.preflight.obstacles import output_obstacles, refuse
 from utils.problems import (
@@ -29,14 +33,15 @@ from utils.problems import (
     notes_on_data,
 )
 from utils.records import Prompt, RolloutEngine
-from utils.rewards.functions import RewardScorer
+from utils.rewards.functions import RewardScorer, find_reward_fn
 from utils.rewards.grader import Grader
 from utils.run.background_save import BackgroundSaver
 from utils.run.checkpoint import Checkpoints, TrainState
 from utils.run.ending import StopRequest, TimeLimit
 from utils.run.engine_check import EngineCheck
+from utils.run.learner import Learner
 from utils.run.memory_tracker import MemoryTracker
-from utils.run.run import Learner, Run
+from utils.run.run import Run
 from utils.run.step_meter import StepMeter
 from utils.run.trial import try_longest_microbatch
 from utils.run.watchers import Watchers
@@ -63,6 +68,7 @@ def build_run(
         raise ConfigError(f"training.device = {device!r}: torch finds no GPU that it can use; set training.device=cpu")
     with claimed(Path(config.paths.output_dir)) as lock:
         checkpoint = find_checkpoint(config, resume, allow_changes)
+        try_own_code(config)
         run = assemble(config, checkpoint, resume, stop_request, limit, lock)
     for line in first_lines:
         run.log.note(line)
@@ -80,8 +86,11 @@ def assemble(
     validation_prompts, more_notes = load_prompts(config, config.paths.val_data_file, tokenizer)
     problem_sets = [[prompt.problem for prompt in prompts] for prompts in (train_prompts, validation_prompts)]
     more_notes += notes_on_data(*problem_sets, prompts_per_step=t.rollout_batch_size // t.group_size)
+    stop_request.check_while_loading()
     longest_prompt = max(len(prompt.token_ids) for prompt in (*train_prompts, *validation_prompts))
     policy, optimizer, engine = build_learner(config, model_path, tokenizer, longest_prompt)
+    stop_request.check_while_loading()
+    more_notes += notes_on_policy(policy, t)
     stop_request.install()  # vLLM and others may have put handlers of their own in place
 
     problem_stream, watchers = ProblemStream(train_prompts, t.seed), Watchers(config)
@@ -100,9 +109,12 @@ def assemble(
     if checkpoint is not None:
         restore_random_state(state.random)  # last: loading models, engine and tracker draws from these generators
     scorer = RewardScorer(t.reward_fn, t.extra_rewards, Grader(**to_dict(config)["grader"]))
+    reference = None
+    if t.kl_coef:
+        reference = load_reference(t.reference_path or config.paths.model_path, policy, t)
     return Run(
         config=config,
-        learner=Learner(policy, tokenizer, optimizer, engine, scorer, problem_stream),
+        learner=Learner(policy, tokenizer, optimizer, engine, scorer, problem_stream, reference),
         validation_prompts=fixed_subset(validation_prompts, t.max_val_examples, t.seed),
         checkpoints=checkpoints,
         saver=BackgroundSaver(checkpoints),
@@ -133,6 +145,32 @@ def build_learner(
     return policy, optimizer, engine
 
 
+def try_own_code(config: Config) -> None:
+    """Load the user's own functions, which tries them. Raises ValueError with field, file and line."""
+    for field, names in own_code(config).items():
+        for name in names:
+            try:
+                find_loss(name) if field == "training.loss_type" else find_reward_fn(name)
+            except ValueError as error:
+                raise ConfigError(f"{field} = {name!r}: {error}") from error
+
+
+def notes_on_policy(policy: PreTrainedModel, training: Training) -> list[str]:
+    """What a model takes more time or memory for than others, because of what it is built of."""
+    notes, name = [], type(policy).__name__
+    if training.use_packing and not is_packable(policy):
+        notes.append(
+            f"training.use_packing: a packed pass does not give the numbers of {name} with {training.attention_type} "
+            "attention, so microbatches are padded"
+        )
+    if find_head(policy) is None:
+        notes.append(
+            f"{name} does more to its logits than a matrix product, a scale and a cap: log-probs are computed from "
+            "full logits, which takes more memory"
+        )
+    return notes
+
+
 def find_checkpoint(config: Config, resume: bool, allow_changes: bool) -> Path | None:
     """The checkpoint to go on from, None to begin. Raises ConfigError where the folder's run forbids either."""
     refuse(output_obstacles(config, resume, allow_changes))  # asked before; another process may have come since
@@ -161,7 +199,10 @@ def load_prompts(config: Config, path: str, tokenizer: PreTrainedTokenizerBase) 
 def open_log(config: Config, resume: bool, state: TrainState, engine_name: str, notes: list[str]) -> RunLog:
     """Open the run's log; write down its config, and what it runs on; say where it stands and what is worth knowing."""
     t, output_dir = config.training, Path(config.paths.output_dir)
-    save_run_info(output_dir, t.seed)  # these two come first: a disk that is full refuses them before the log is open
+    held_run = holds_run(output_dir)
+    own = digests(name for names in own_code(config).values() for name in names)
+    # these two come first: a disk that is full refuses them before the log is open
+    save_run_info(output_dir, t.seed, own)
     save_config(config, output_dir / CONFIG_FILE)
     log = RunLog(
         output_dir,
@@ -175,16 +216,19 @@ def open_log(config: Config, resume: bool, state: TrainState, engine_name: str, 
         evaluated_at=-1 if state.evaluated_step is None else state.evaluated_step,
     )
     if resume:
-        log.note(what_resume_found(output_dir, state.steps_done, t.n_grpo_steps))
+        tell = log.note if state.steps_done else log.warn
+        tell(what_resume_found(output_dir, state.steps_done, t.n_grpo_steps, held_run))
     log.note(f"rollouts by the {engine_name} engine")
     for note in notes:
         log.warn(note)
     return log
 
 
-def what_resume_found(output_dir: Path, grpo_step: int, n_grpo_steps: int) -> str:
+def what_resume_found(output_dir: Path, grpo_step: int, n_grpo_steps: int, held_run: bool = True) -> str:
     """A line about where the run in the folder stood."""
     if grpo_step == 0:
+        if not held_run:
+            return f"--resume: {output_dir} held NO RUN, so a new one starts there; check paths.output_dir"
         return f"no checkpoint in {output_dir} yet: starting from the beginning"
     if grpo_step < n_grpo_steps:
         return f"resuming after GRPO step {grpo_step} of {n_grpo_steps}"

@@ -28,7 +28,7 @@ REMOVING, LINKING = ".removing-", ".linking-"  # with UNFINISHED, what a killed 
 
 @dataclass(frozen=True)
 class TrainState:
-    """Where a run stands between two GRPO steps, beside weights and optimizer. All of it is JSON-able.
+    """Where a run is between two GRPO steps: all but weights and optimizer. It is JSON-able.
 
     Rollouts, evaluation and minibatch order draw from seeds derived from the step, so they need no state here;
     `random`, the global generators that library code draws from, is captured when the state is made.
@@ -49,7 +49,7 @@ class TrainState:
 
 @dataclass(frozen=True)
 class SaveFailure:
-    """A save that failed. The checkpoints that were there before still stand; `newest` is the newest of them."""
+    """A save that failed. The earlier checkpoints are still there; `newest` is the newest of them."""
 
     grpo_step: int
     reason: str
@@ -60,19 +60,19 @@ class SaveFailure:
 
     def __str__(self) -> str:
         needed, free = self.needed_bytes / 2**20, self.free_bytes / 2**20
-        stands = f"{self.newest} stands" if self.newest else "No checkpoint was saved before"
+        kept = f"{self.newest} is kept" if self.newest else "No checkpoint was saved before"
         remedy = "; free some space, or lower checkpoint_keep" if self.disk_full else ""
         return (
             f"the checkpoint of GRPO step {self.grpo_step} was not saved: {self.reason}. It needs about {needed:,.1f} "
-            f"MiB; {free:,.1f} MiB are free. {stands}{remedy}"
+            f"MiB; {free:,.1f} MiB are free. {kept}{remedy}"
         )
 
 
 class Checkpoints:
     """The checkpoints of one run: `folder/step_000040`, and links `best` and `last` to two of them.
 
-    Keeps the `keep` newest, the best and the last. `failure` tells of the last save if it failed, so that the loop
-    can repeat it until a save succeeds.
+    Keeps the `keep` newest, the best and the last. `failure` is the last save's, None if it succeeded, so that the loop
+    can repeat a save until it succeeds.
     """
 
     def __init__(self, folder: Path | str, keep: int) -> None:
@@ -107,10 +107,10 @@ class Checkpoints:
         optimizer: torch.optim.Optimizer,
         is_best: bool = False,
     ) -> SaveFailure | None:
-        """Save, then remove what is no longer kept; returns what went wrong if the disk refused.
+        """Save, then remove what is no longer kept; returns what went wrong if the disk refused, else None.
 
-        Where the step has a checkpoint, its weights are these; only what was learned since then (by an evaluation) is
-        put into its state file.
+        If the step has a checkpoint already, it has the same weights. Then only its state file is written anew, with
+        what an evaluation has added since.
         """
         final = self.folder / f"step_{state.steps_done:06d}"
         needed = _tensor_bytes([policy.state_dict(), optimizer.state_dict()])
@@ -130,8 +130,8 @@ class Checkpoints:
             self._remove_old()
         except (OSError, SafetensorError) as error:
             self._remove_leftovers()
-            there = next(path for path in (self.folder, *self.folder.parents) if path.exists())
-            free = shutil.disk_usage(there).free
+            existing = next(path for path in (self.folder, *self.folder.parents) if path.exists())
+            free = shutil.disk_usage(existing).free
             self.failure = SaveFailure(
                 state.steps_done, str(error), needed, free, newest=self.newest(), disk_full=_means_full_disk(error)
             )
@@ -212,7 +212,7 @@ def _load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
 
 
 def _means_full_disk(error: OSError | SafetensorError) -> bool:
-    """Whether space, or the user's share of it, ran out; safetensors tells the number in its text alone."""
+    """Whether the disk, or the user's quota, is full. A safetensors error has the number only in its text."""
     return any(
         getattr(error, "errno", None) == number or f"(os error {number})" in str(error)
         for number in (errno.ENOSPC, errno.EDQUOT)

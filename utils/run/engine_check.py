@@ -13,6 +13,7 @@ from utils.algorithm.batch import make_train_batch
 from utils.algorithm.log_probs import response_log_probs
 from utils.engines.transformers_engine import sampling_mode
 from utils.records import Rollout, RolloutEngine
+from utils.run.learner import Learner
 
 logger = logging.getLogger(__name__)
 
@@ -58,23 +59,25 @@ class EngineCheck:
         self._config = config
         self._checked = False
 
-    def if_due(
-        self, engine: RolloutEngine, policy: torch.nn.Module, rollouts: Sequence[Rollout], steps_done: int
-    ) -> dict[str, float]:
+    def if_due(self, learner: Learner, rollouts: Sequence[Rollout], steps_done: int) -> dict[str, float]:
         """The metrics of `compare_log_probs`, if it is due. Raises EngineOutOfStep."""
         interval = self._config.vllm.check_interval
-        if interval is None or engine.name == "transformers":
+        if interval is None or learner.engine.name == "transformers":
             return {}
         due = steps_done % interval == 0
         if self._checked and not due:
             return {}
-        differences = compare_log_probs(engine, policy, rollouts, self._config)
+        differences = compare_log_probs(learner.engine, learner.policy, rollouts, self._config, len(learner.tokenizer))
         self._checked = True
         return differences if due else {}  # a resumed run's extra check is in no row
 
 
 def compare_log_probs(
-    engine: RolloutEngine, policy: torch.nn.Module, rollouts: Sequence[Rollout], config: Config
+    engine: RolloutEngine,
+    policy: torch.nn.Module,
+    rollouts: Sequence[Rollout],
+    config: Config,
+    vocabulary_size: int | None = None,
 ) -> dict[str, float]:
     """Compare log-probs on a few of these rollouts, sampled by `engine` at its own temperature from `policy` as it is.
 
@@ -84,7 +87,7 @@ def compare_log_probs(
     step = max(1, len(rollouts) // N_ROLLOUTS)
     chosen = rollouts[::step][:N_ROLLOUTS]
     unused = torch.zeros(len(chosen))
-    batch = make_train_batch(chosen, rewards=unused, advantages=unused, pad_id=0)
+    batch = make_train_batch(chosen, rewards=unused, advantages=unused)
     mask = batch.response_mask & (batch.response_mask.cumsum(-1) > engine.sampling.min_tokens)
     if not mask.any():
         logger.warning("self-check: no response is longer than min_tokens, so nothing could be compared")
@@ -96,6 +99,7 @@ def compare_log_probs(
             batch.response_mask.to(policy.device),
             temperature=engine.sampling.temperature,
             chunk_size=config.training.log_prob_chunk_size,
+            vocabulary_size=vocabulary_size,
         )
     gap = log_prob_gap(batch.sampler_log_probs, trainer_log_probs.cpu(), mask, engine.sampling.top_p)
     mean, largest, tolerance = gap.mean().item(), gap.max().item(), tolerance_of(config)
@@ -107,6 +111,6 @@ def compare_log_probs(
             " Likely causes: weights were not pushed after the last update; sleep lost them (try vllm.sleep_level=1 or"
             " training.use_vllm_sleep_mode=false); the prefix cache outlived a push (try"
             " vllm.enable_prefix_caching=false); the two compute differently (vllm.dtype, training.dtype,"
-            " training.attention_type); the policy believes in ids that the tokenizer lacks, which no engine samples"
+            " training.attention_type)"
         )
     return {"check_mean_diff": mean, "check_max_diff": largest}

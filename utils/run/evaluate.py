@@ -52,7 +52,7 @@ def pass_at_k(n: int, n_right: int, k: int) -> float:
     1 - C(n - n_right, k) / C(n, k): Chen et al. 2021, "Evaluating Large Language Models Trained on Code", equation 1.
     """
     if not 1 <= k <= n:
-        raise ValueError(f"pass@{k} needs at least {k} samples a problem, there are {n}")
+        raise ValueError(f"pass@{k} needs at least {k} samples per problem, there are {n}")
     return 1.0 - math.comb(n - n_right, k) / math.comb(n, k)
 
 

@@ -88,10 +88,13 @@ class Watcher:
 
     def _may_warn(self, name: str, grpo_step: int) -> bool:
         """True if this warning was not given within the last REPEAT_INTERVAL steps; then it counts as given now."""
-        if name in self.warned_at and grpo_step < self.warned_at[name] + REPEAT_INTERVAL:
-            return False
-        self.warned_at[name] = grpo_step
-        return True
+        is_due = self._is_due(name, grpo_step)
+        if is_due:
+            self.warned_at[name] = grpo_step
+        return is_due
+
+    def _is_due(self, name: str, grpo_step: int) -> bool:
+        return name not in self.warned_at or grpo_step >= self.warned_at[name] + REPEAT_INTERVAL
 
     def _recent(self, name: str, n_steps: int | None = None, at_least: int = 2) -> list[float]:
         """The values of the last `n_steps` GRPO steps (None: `patience`), or the last `at_least` values if the metric
@@ -145,12 +148,24 @@ class CollapseGuard(Watcher):
         With `action` "warn" a verdict is repeated every REPEAT_INTERVAL steps, with "stop" at every step.
         """
         self._add(grpo_step, metrics)
-        reason = self._runaway() or self._shrinking() or self._falling()
+        reason = self._reason()
         if reason is None or self.options.action == "off":
             return None
         if self.options.action != "stop" and not self._may_warn("collapse", grpo_step):
             return None
         return Verdict(reason, {name: series[-1][1] for name, series in self.series.items() if series})
+
+    def suspects(self, grpo_step: int, metrics: Mapping[str, float]) -> bool:
+        """Whether `observe` would give a verdict for these metrics, which it has yet to be given.
+
+        The caller may evaluate first: a good evaluation clears a run that was suspected by its lengths.
+        """
+        self._add(grpo_step, metrics)
+        may_tell = self.options.action == "stop" or self._is_due("collapse", grpo_step)
+        return self.options.action != "off" and may_tell and self._reason() is not None
+
+    def _reason(self) -> str | None:
+        return self._runaway() or self._shrinking() or self._falling()
 
     def _runaway(self) -> str | None:
         name, limit, meaning = TRUNCATED, 1.0, "of responses ran into"
@@ -215,30 +230,38 @@ class Advisor(Watcher):
             return None
         return (
             f"no group had a gradient signal for {len(recent)} steps: the rewards within each were equal. "
-            "If all are 0, read logged rollouts: prompt, stop strings or answer format are the usual cause, then "
-            "problems that are too hard; if all are 1, take harder problems. A larger group_size or a higher "
-            "temperature gives more variation"
+            f"If all are 0, {self._read_rollouts()}: prompt{', stop strings' if self.training.stop else ''} or answer "
+            "format are the usual cause, then problems that are too hard; if all are 1, take harder problems. A larger "
+            "group_size or a higher temperature gives more variation"
         )
 
     def _truncated(self) -> str | None:
         recent = self._recent(TRUNCATED)
         if not recent or min(recent) <= TRUNCATED_WARNING:
             return None
+        ends = "the stop strings and the end token fit" if self.training.stop else "the end token fits"
         return (
             f"{recent[-1]:.0%} of responses ran into max_tokens = {self.training.max_tokens}, and more than "
             f"{TRUNCATED_WARNING:.0%} for {len(recent)} steps; their answers are lost. Raise max_tokens, "
-            "or check that the stop strings and the end token fit the prompt"
+            f"or check that {ends} the prompt"
         )
 
     def _reward_hacking(self) -> str | None:
         formats, answers = self.values(FORMAT), self.values(ANSWER)
         if not formats or formats[-1] < HIGH_FORMAT_REWARD or not self._is_down(ANSWER, answers[-2:]):
             return None
+        weights = "lower the weights in training.extra_rewards, or " if self.training.extra_rewards else ""
         return (
             f"the format is kept ({FORMAT} {formats[-1]:.3f}) while answers get worse ({ANSWER} {answers[-1]:.3f}, "
-            f"once {max(answers):.3f}): the policy may be earning reward without solving problems. Read logged "
-            "rollouts, weigh format less in the reward, or go back to the best checkpoint with a lower learning rate"
+            f"once {max(answers):.3f}): the policy may be earning reward without solving problems. To see how, "
+            f"{self._read_rollouts()}; {weights}start again with a lower learning rate"
         )
+
+    def _read_rollouts(self) -> str:
+        t = self.training
+        if t.n_rollouts_to_log and t.eval_interval:
+            return "read the logged rollouts (play-scripts/view_rollouts.py)"
+        return "log rollouts and read them (training.n_rollouts_to_log, at every training.eval_interval)"
 
     def _sampler_drift(self) -> str | None:
         series, recent = self.values(SAMPLER_KL), self._recent(SAMPLER_KL)

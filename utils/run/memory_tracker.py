@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-PHASES_ASLEEP = ("grading", "train")  # of the GRPO step, while a vLLM engine may sleep
+PHASES_ASLEEP = ("train",)  # of the GRPO step, while a vLLM engine may sleep
 
 
 class MemoryTracker:

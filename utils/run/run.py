@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -9,40 +10,27 @@ from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
-import torch
-from transformers import PreTrainedTokenizerBase
-
 from configs.defaults import Config
+from utils.algorithm.advantages import zero_std_groups
 from utils.algorithm.batch import TrainBatch
-from utils.algorithm.losses import zero_std_groups
+from utils.algorithm.groups import GroupCollector
 from utils.algorithm.statistics import UpdateResult
+from utils.log.files import CannotWrite
 from utils.log.run_log import RunLog
 from utils.plots.figures import reward_curve
 from utils.preflight.machine import estimated_memory
-from utils.problems import ProblemStream
-from utils.records import Prompt, Reward, Rollout, RolloutEngine
-from utils.rewards.functions import RewardScorer
+from utils.records import Prompt, Reward, Rollout
 from utils.run.background_save import BackgroundSaver
 from utils.run.checkpoint import Checkpoints, SaveFailure, TrainState
 from utils.run.closing import closing_lines
 from utils.run.ending import Status, StopRequest, TimeLimit
 from utils.run.engine_check import EngineCheck
 from utils.run.evaluate import evaluate, response_metrics
+from utils.run.learner import Learner
+from utils.run.look import LOOK_RESPONSES, look_before_training
 from utils.run.step_meter import StepMeter
 from utils.run.watchers import Watchers
 from utils.seeding import capture_random_state, derive_seed
-
-
-@dataclass
-class Learner:
-    """What a GRPO step needs."""
-
-    policy: torch.nn.Module
-    tokenizer: PreTrainedTokenizerBase
-    optimizer: torch.optim.Optimizer
-    engine: RolloutEngine
-    scorer: RewardScorer
-    problem_stream: ProblemStream
 
 
 @dataclass
@@ -75,10 +63,12 @@ class Run:
     ) -> None:
         """Close everything. A run that an exception ends says where it can be resumed from; nothing more is saved."""
         if error is not None:
-            step = self.state.steps_done + 1
             self.saver.settle()
-            self.log.warn(f"the run ends with {kind.__name__} in GRPO step {step}. {self._how_to_resume()}")
-            self.log.close("failed", f"{kind.__name__}: {error}")
+            if not isinstance(error, CannotWrite):  # which `main` reports
+                step = self.state.steps_done + 1
+                self.log.warn(f"the run ends with {kind.__name__} in GRPO step {step}. {self.how_to_resume()}")
+            with contextlib.suppress(CannotWrite):
+                self.log.close("failed", f"{kind.__name__}: {error}")
         self.learner.engine.close()
         self.learner.scorer.grader.close()
         self.lock.close()
@@ -121,28 +111,28 @@ class Run:
 
     def check_engine(self, rollouts: Sequence[Rollout]) -> None:
         """Did the engine sample from the policy's weights? Asked now and then; raises EngineOutOfStep."""
-        learner = self.learner
-        self.meter.add(self.engine_check.if_due(learner.engine, learner.policy, rollouts, self.state.steps_done))
+        self.meter.add(self.engine_check.if_due(self.learner, rollouts, self.state.steps_done))
 
-    def finish_step(
-        self, rollouts: Sequence[Rollout], rewards: Sequence[Reward], batch: TrainBatch, update: UpdateResult
-    ) -> None:
+    def finish_step(self, groups: GroupCollector, batch: TrainBatch, update: UpdateResult) -> None:
         """Log a GRPO step that is done, look for trouble in its figures, and make its outcome the run's state."""
         t, step = self.config.training, self.state.steps_done + 1
         optimizer_step = self.state.optimizer_step + update.n_optimizer_steps
+        rollouts, rewards = groups.rollouts, groups.rewards
         metrics = {
             **response_metrics(rollouts, rewards),
             "reward_std": batch.rewards.std(correction=0).item(),
             "frac_zero_std_groups": zero_std_groups(batch.rewards, t.group_size).float().mean().item(),
             **update.metrics,
             **self._grading_metrics(),
-            **self.meter.finish(sum(len(rollout.response_ids) for rollout in rollouts)),
+            **groups.metrics(),
+            "learning_rate": self.learner.optimizer.param_groups[0]["lr"],
+            **self.meter.finish(groups.n_sampled_tokens),
         }
         written = self.log.train_step(step, {"optimizer_step": optimizer_step, **metrics})
         self._report_nonfinite(step, rollouts, rewards, batch, update)
         if self._is_due(t.eval_interval, step):
-            self.log.rollouts("train", step, rollouts, rewards, batch.advantages.tolist(), n=t.n_rollouts_to_log)
-        self.watchers.observe(step, written, self.log)
+            advantages, n = batch.advantages.tolist(), t.n_rollouts_to_log
+            self.log.rollouts("train", step, rollouts, rewards, advantages, n=n, group_size=t.group_size)
         if self.state.steps_done == 0 and "train_peak_memory_gb" in metrics:
             self._compare_with_estimate(metrics["train_peak_memory_gb"])
         self.limit.record(step=metrics["step_dt"])
@@ -154,8 +144,11 @@ class Run:
             problem_stream=self.learner.problem_stream.state_dict(),
             tracker_id=self.log.tracker_id,
             random=capture_random_state(),
-            **self.watchers.state_dict(),
         )
+        if self.watchers.suspect_collapse(step, written):
+            self.evaluate_if_due(always=True)
+        self.watchers.observe(step, written, self.log)
+        self.state = replace(self.state, **self.watchers.state_dict())
 
     def evaluate_if_due(self, always: bool = False) -> None:
         """Evaluate before training, every `eval_interval` steps and at the end (or `always`), once a step."""
@@ -174,6 +167,8 @@ class Run:
         seconds = time.perf_counter() - started
         written = self.log.evaluation(step, {**metrics, **self._grading_metrics(), "eval_dt": seconds})
         self.log.rollouts("eval", step, rollouts, rewards, n=t.n_rollouts_to_log)
+        if step == 0:
+            self._look()
         self.watchers.observe(step, written, self.log)
         self.limit.record(evaluation=seconds)
         reward = metrics["reward"]
@@ -187,10 +182,27 @@ class Run:
             **self.watchers.state_dict(),
         )
 
+    def _look(self) -> None:
+        """Show what the untrained model does, in groups; warn at once if none of them could teach anything.
+
+        It samples no more responses than the evaluation did, has a seed of its own, and is in no metric.
+        """
+        learner, n_responses = self.learner, min(LOOK_RESPONSES, len(self.validation_prompts))
+        look = look_before_training(
+            learner.engine, self.validation_prompts, learner.scorer, self.config.training, n_responses, self.should_stop
+        )
+        learner.scorer.grader.drain_counters()
+        if look is None:
+            return
+        self.log.note("\n".join(look.lines()))
+        warning = look.warning()
+        if warning is not None:
+            self.log.warn(warning)
+
     def save_if_due(self) -> None:
         """Save every `checkpoint_interval` steps, at a new best, at the end, and again after a save that failed."""
-        interval, step = self.config.training.checkpoint_interval, self.state.steps_done
-        due = self._is_due(interval, step) or (interval is not None and self.state.best_step == step)
+        step = self.state.steps_done
+        due = self._is_due(self.config.training.checkpoint_interval, step) or self.state.best_step == step
         failed = not self.saver.is_writing and self._hear_of_the_last_save() is not None
         if step > 0 and (due or failed):
             self.save()
@@ -248,7 +260,8 @@ class Run:
                 estimate = f"unknown ({error})"
             self.log.note(f"peak memory while training: {measured_gb:.2f} GB; the longest case, estimated: {estimate}")
 
-    def _how_to_resume(self) -> str:
+    def how_to_resume(self) -> str:
+        """What there is to go on from after a run that ended without a save."""
         newest = self.checkpoints.newest()
         if newest is None:
             return "No checkpoint was saved yet: --resume begins anew"

@@ -25,13 +25,13 @@ class StepMeter:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Time a part of the step as `<name>_dt`, and note its peak memory."""
+        """Time a part of the step as `<name>_dt`, repeats added up, and note its peak memory."""
         self._memory.start()
         started = time.perf_counter()
         yield
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
-        self._metrics[f"{name}_dt"] = time.perf_counter() - started
+        self._metrics[f"{name}_dt"] = self._metrics.get(f"{name}_dt", 0.0) + time.perf_counter() - started
         self._memory.mark(name)
 
     def add(self, metrics: Mapping[str, float]) -> None:

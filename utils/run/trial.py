@@ -35,7 +35,7 @@ def try_longest_microbatch(policy: torch.nn.Module, training: Training, longest_
     response = (0,) * training.max_tokens
     rollouts = [Rollout(prompt, "", response, (0.0,) * len(response), "length") for prompt in prompts]
     ones = torch.ones(size)
-    batch = make_train_batch(rollouts, ones, ones, pad_id=0)
+    batch = make_train_batch(rollouts, ones, ones)
     try:
         optimizer_state = torch.empty(optimizer_bytes(policy, training), dtype=torch.uint8, device=device)
         for parameter in trainable(policy):

@@ -17,6 +17,11 @@ class Watchers:
         self._may_stop = config.guard.action == "stop"
         self._is_on = config.guard.action != "off"
         self.verdict: Verdict | None = None
+        self._told_at: int | None = None  # the GRPO step of the last verdict
+
+    def suspect_collapse(self, step: int, metrics: Mapping[str, float]) -> bool:
+        """Whether `observe` would report a collapse; evaluate before it does."""
+        return self._is_on and self._guard.suspects(step, metrics)
 
     def observe(self, step: int, metrics: Mapping[str, float], log: RunLog) -> None:
         """Show what is worth knowing about the metrics of a GRPO step, under the names that they are logged by."""
@@ -25,7 +30,9 @@ class Watchers:
         verdict = self._guard.observe(step, metrics) if self._is_on else None
         if verdict is not None:
             self.verdict = verdict
-            log.warn(f"collapse at GRPO step {step}: {verdict}")
+            if self._told_at != step:  # its metrics come in two calls where it is evaluated
+                log.warn(f"collapse at GRPO step {step}: {verdict}")
+            self._told_at = step
 
     @property
     def want_to_stop(self) -> bool:

@@ -1,0 +1,46 @@
+"""What a run says about a model that takes more time or memory than others."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, LlamaConfig, PhiConfig, PretrainedConfig, Qwen2Config
+from update_cases import ON_POLICY
+
+from utils.algorithm.policy import load_policy
+from utils.run.build import notes_on_policy
+
+SIZES = {
+    "vocab_size": 40,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "words"),
+    [
+        (LlamaConfig(**SIZES), {}, []),
+        (Qwen2Config(**SIZES, attention_dropout=0.1), {}, ["padded"]),
+        (Qwen2Config(**SIZES, attention_dropout=0.1), {"use_packing": False}, []),
+        (PhiConfig(**SIZES, attention_dropout=0.1), {}, ["padded", "full logits"]),
+    ],
+)
+def test_notes_name_the_model_and_no_warning_is_given(
+    config: PretrainedConfig, changes: dict, words: list[str], tmp_path: Path
+) -> None:
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    training = replace(ON_POLICY, **changes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        policy = load_policy(str(tmp_path), training)
+        notes = notes_on_policy(policy, training)
+    assert len(notes) == len(words)
+    for note, word in zip(notes, words, strict=True):
+        assert word in note and type(policy).__name__ in note

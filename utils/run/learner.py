@@ -1,0 +1,25 @@
+"""What a GRPO step needs, apart from what keeps a run going around it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from utils.problems import ProblemStream
+from utils.records import RolloutEngine
+from utils.rewards.functions import RewardScorer
+
+
+@dataclass
+class Learner:
+    """The parts of the outer loop."""
+
+    policy: torch.nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    optimizer: torch.optim.Optimizer
+    engine: RolloutEngine
+    scorer: RewardScorer
+    problem_stream: ProblemStream
+    reference: torch.nn.Module | None = None  # the frozen policy that a KL term measures from
