@@ -3,6 +3,7 @@
 # make test         run the tests, on all cores
 # make test-quick   run the tests that take no trained model and no vLLM
 # make lint         run the linter
+# make gpu-report   on a GPU: run its tests, measure a step, and write results/gpu/<card>/ (no downloads of weights or data)
 # make setup        make the virtual environment, and nothing else
 # make clean        remove it, and what building left
 #
@@ -18,7 +19,7 @@ INSTALL := $(BIN)/pip install $(if $(shell test -t 2 && echo terminal),,--quiet)
 
 $(if $(filter $(BUILD),cpu gpu),,$(error BUILD=$(BUILD): choose cpu or gpu))
 
-.PHONY: quickstart smollm2 test test-quick lint setup clean
+.PHONY: quickstart smollm2 test test-quick lint gpu-report setup clean
 
 quickstart: $(READY)
 	$(BIN)/python play-scripts/make_tiny.py
@@ -42,6 +43,9 @@ test-quick: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+gpu-report: $(READY)
+	$(BIN)/python play-scripts/bench/gpu_report.py $(ARGS)
 
 setup: $(READY)
 

@@ -92,3 +92,18 @@ def shared_dir() -> Path:
     if not (folder / "data").is_dir():
         pytest.skip("no shared/data beside the repository")
     return folder
+
+
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Run a test marked `own_process` in a pytest of its own, where Triton keeps float32 as it is."""
+    if pyfuncitem.get_closest_marker("own_process") is None or os.environ.get("PYTEST_OWN_PROCESS"):
+        return None
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", pyfuncitem.nodeid],
+        cwd=pyfuncitem.config.rootpath,
+        env=os.environ | {"PYTEST_OWN_PROCESS": "1", "TRITON_F32_DEFAULT": "ieee"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    return True

@@ -104,6 +104,37 @@ def slow_log_probs(
     return found
 
 
+# Ways to sample, each of which an engine must report the log-probs of
+RULES = [
+    {"temperature": 0.7},
+    {"top_p": 0.6, "temperature": 1.3},
+    {"min_tokens": 5},
+    {"stop": ("e", "th")},
+]
+
+
+def assert_log_probs_of_the_rule(
+    engine: RolloutEngine, policy: PreTrainedModel, prompts: list[Prompt], atol: float
+) -> None:
+    """What the engine reports, three responses per prompt, is the distribution that its rule defines."""
+    vocabulary_size, rule = len(engine.reader.tokenizer), engine.sampling
+    rollouts = engine.generate(prompts, n=3, seed=4)
+    reference, device = policy.cpu(), policy.device
+    for rollout in rollouts:
+        expected = slow_log_probs(reference, rollout, rule, engine.reader.end_ids, vocabulary_size)
+        np.testing.assert_allclose(rollout.sampler_log_probs, expected, atol=atol)
+        assert len(rollout.response_ids) >= min(rule.min_tokens, rule.max_tokens)
+        assert max(rollout.response_ids) < vocabulary_size
+        assert (
+            rollout.finish_reason == "length"
+            or not rule.stop
+            or rollout.response.endswith(rule.stop)
+            or (rollout.response_ids[-1] in engine.reader.end_ids)
+        )
+    assert len({rollout.response_ids for rollout in rollouts[:3]}) > 1
+    policy.to(device)
+
+
 @contextlib.contextmanager
 def preserved_environment() -> Iterator[None]:
     """vLLM's CPU build sets variables, LD_PRELOAD among them, that other tests' subprocesses would inherit."""

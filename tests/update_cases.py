@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from configs.defaults import Training
 from utils.algorithm.advantages import compute_advantages
 from utils.algorithm.batch import TrainBatch, make_train_batch
+from utils.algorithm.policy import build_optimizer, load_policy
 from utils.records import Problem, Prompt, Rollout
+from utils.run.checkpoint import Checkpoints, TrainState
 
 N = 8
 ON_POLICY = Training(
@@ -29,3 +33,25 @@ def make_batch(
         rollouts.append(Rollout(prompt, "", draw(length), (-1.0,) * length, "stop"))
     raw = torch.tensor(rewards, dtype=torch.float32)
     return make_train_batch(rollouts, raw, compute_advantages(raw, ON_POLICY), pad_id=pad_id)
+
+
+def assert_resumes_exactly(model_dir: Path, folder: Path, training: Training) -> None:
+    """A step, a save, and a step: the last one gives the same weights from the checkpoint as without it."""
+    from train_grpo import update_policy
+    from utils import tiny
+
+    def step_once_more(policy: torch.nn.Module, optimizer: torch.optim.Optimizer) -> torch.Tensor:
+        assert update_policy(policy, optimizer, make_batch(seed=1), training, 1).n_optimizer_steps == 1
+        return torch.cat([p.detach().float().cpu().flatten() for p in policy.parameters()])
+
+    policy = load_policy(str(model_dir), training)
+    optimizer, checkpoints = build_optimizer(policy, training), Checkpoints(folder, keep=1)
+    update_policy(policy, optimizer, make_batch(seed=0), training, 0)
+    assert checkpoints.save(TrainState(steps_done=1), policy, tiny.build_tokenizer(), optimizer) is None
+    straight = step_once_more(policy, optimizer)
+    policy = load_policy(str(folder / "last"), training)
+    optimizer = build_optimizer(policy, training)
+    checkpoints.load(folder / "last", optimizer)
+    # sums on a GPU may come in another order, and an update that is rounded may differ by one of its steps
+    allowed = 0.0 if training.device == "cpu" else 2 * training.learning_rate
+    assert (step_once_more(policy, optimizer) - straight).abs().max() <= allowed

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
-from update_cases import ON_POLICY, N, make_batch
+from update_cases import ON_POLICY, N, assert_resumes_exactly, make_batch
 
 from configs.defaults import Training
 from train_grpo import update_policy
@@ -293,3 +293,11 @@ def test_minibatches_are_shuffled_alike_on_a_repeat(policy_float64: torch.nn.Mod
     first, repeated, another = [torch.cat([p.flatten() for p in policy.parameters()]) for policy in policies]
     assert torch.equal(first, repeated)
     assert not torch.equal(first, another)
+
+
+@pytest.mark.parametrize("eight_bit", [False, True])
+def test_a_save_and_adam_go_on_as_if_nothing_had_been(tiny_model_dir: Path, tmp_path: Path, eight_bit: bool) -> None:
+    if eight_bit:
+        pytest.importorskip("bitsandbytes")
+    training = replace(ON_POLICY, dtype="bfloat16" if eight_bit else "float32", use_bnb_adamw8bit=eight_bit)
+    assert_resumes_exactly(tiny_model_dir, tmp_path, training)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from update_cases import ON_POLICY, make_batch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from update_cases import ON_POLICY, assert_resumes_exactly, make_batch
 
 from train_grpo import update_policy
 from utils.algorithm.aggregation import aggregate_loss
@@ -81,3 +82,22 @@ def test_a_microbatch_that_cannot_fit_is_told_at_the_start(tiny_model_dir: Path)
             try_longest_microbatch(policy, huge, longest_prompt=8)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_packing_takes_the_flash_kernel(tiny_model_dir: Path, checkpointing: bool) -> None:
+    """With every other kernel forbidden, a packed microbatch goes forward and backward in bfloat16."""
+    training = replace(
+        ON_CUDA, dtype="bfloat16", attention_type="sdpa", use_packing=True, use_gradient_checkpointing=checkpointing
+    )
+    policy = load_policy(str(tiny_model_dir), training)
+    assert is_packable(policy)
+    (microbatch, *_) = microbatches(policy, make_batch(), torch.arange(8), training)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        log_probs, _ = policy_log_probs(policy, microbatch, training)
+        log_probs.sum().backward()
+    assert all(parameter.grad is not None for parameter in policy.parameters())
+
+
+def test_a_save_and_8_bit_adam_go_on_as_if_nothing_had_been(tiny_model_dir: Path, tmp_path: Path) -> None:
+    assert_resumes_exactly(tiny_model_dir, tmp_path, replace(ON_CUDA, dtype="bfloat16", use_bnb_adamw8bit=True))

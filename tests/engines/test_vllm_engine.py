@@ -12,6 +12,8 @@ import pytest
 import torch
 from engine_cases import (
     N_PROMPTS,
+    RULES,
+    assert_log_probs_of_the_rule,
     assert_same_greedy,
     assert_stops_and_goes_on,
     cpu_config,
@@ -213,3 +215,13 @@ def test_a_hundred_pushes_take_no_memory(
     push_and_generate(100)
     gc.collect()
     assert process.memory_info().rss - before < 20e6
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_log_probs_are_those_of_the_rule(
+    engine: RolloutEngine, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rule: dict
+) -> None:
+    """The body that the GPU's tests run on CUDA's own sampler."""
+    set_sampling(engine, policy, **rule)
+    engine.update_weights(policy)
+    assert_log_probs_of_the_rule(engine, policy, prompts_of(tokenizer, 6), atol=1e-4)
