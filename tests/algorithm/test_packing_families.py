@@ -57,9 +57,9 @@ class InFloat64(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = dict(kwargs or {})
+        if func is Tensor.float:  # positions too, which some versions multiply with float64 frequencies
+            return args[0].double()
         if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
-            if func is Tensor.float:
-                return args[0]
             if func is Tensor.to and torch.float32 in args:
                 args = tuple(torch.float64 if argument is torch.float32 else argument for argument in args)
             if kwargs.get("dtype") is torch.float32:
