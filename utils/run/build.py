@@ -90,7 +90,6 @@ def assemble(
     longest_prompt = max(len(prompt.token_ids) for prompt in (*train_prompts, *validation_prompts))
     policy, optimizer, engine = build_learner(config, model_path, tokenizer, longest_prompt)
     stop_request.check_while_loading()
-    more_notes += notes_on_policy(policy, t)
     stop_request.install()  # vLLM and others may have put handlers of their own in place
 
     problem_stream, watchers = ProblemStream(train_prompts, t.seed), Watchers(config)
