@@ -89,8 +89,8 @@ def check_checkpoint(checkpoint: str) -> None:
     folder = Path(checkpoint)
     if is_local(checkpoint) and not (folder / "config.json").is_file():
         inside = [folder / place / name for place in ("checkpoints", ".") for name in ("best", "last")]
-        found = [str(path) for path in inside if path.is_dir()]
-        hint = f"; give {' or '.join(found)}" if found else ""
+        checkpoints = [str(path) for path in inside if path.is_dir()]
+        hint = f"; give {' or '.join(checkpoints)}" if checkpoints else ""
         raise ValueError(f"{checkpoint} is no checkpoint: it holds no config.json{hint}")
 
 

@@ -79,17 +79,17 @@ def find_gguf(path: str | None) -> Path:
         package = importlib.util.find_spec(PACKAGE)  # found and not imported: it would start a chat program's plugin
         if package is None:
             raise ValueError(f"the package {PACKAGE.replace('_', '-')} is not installed; {REMEDY}")
-        found = Path(package.origin).parent / GGUF_FILE
-        if not found.is_file():
-            raise ValueError(f"{found}: the package does not hold this file; {REMEDY} in version 0.1.2")
+        file = Path(package.origin).parent / GGUF_FILE
+        if not file.is_file():
+            raise ValueError(f"{file}: the package does not hold this file; {REMEDY} in version 0.1.2")
     else:
-        found = Path(path)
-        if not found.is_file():
+        file = Path(path)
+        if not file.is_file():
             raise ValueError(f"--gguf {path}: no such file; leave --gguf out to take the package's")
     for needed in ("gguf", "accelerate"):
         if importlib.util.find_spec(needed) is None:
             raise ValueError(f"reading a GGUF file needs the package {needed}; run pip install -e '.[smollm2]'")
-    return found
+    return file
 
 
 def convert(gguf_path: Path, folder: Path) -> None:

@@ -50,7 +50,7 @@ def load_rollouts(run: Path) -> tuple[list[Row], list[str]]:
     """The rollouts of a run folder, and a complaint for each line that is none. Raises ValueError without a file."""
     path = run if run.is_file() else run / ROLLOUTS_FILE
     if not path.exists():
-        inside = sorted(str(found.parent) for found in run.rglob(ROLLOUTS_FILE)) if run.is_dir() else []
+        inside = sorted(str(file.parent) for file in run.rglob(ROLLOUTS_FILE)) if run.is_dir() else []
         raise ValueError(f"{path}: no such file" + (f"; runs in it: {', '.join(inside)}" if inside else ""))
     rows, complaints = read_rows(path)
     rows = [({"group": row["index"]} if "index" in row else {}) | row for row in rows]  # older runs have no groups

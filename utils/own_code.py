@@ -65,10 +65,10 @@ def load_own(name: str) -> Callable[..., Any]:
     sys.modules[spec.name] = module  # dataclasses and pickle look there
     with told_with_file_and_line(name):
         spec.loader.exec_module(module)
-    found = getattr(module, function, None)
-    if not callable(found):
+    loaded = getattr(module, function, None)
+    if not callable(loaded):
         raise ValueError(f"{file}: {function} is no function")
-    return found
+    return loaded
 
 
 @contextlib.contextmanager

@@ -93,14 +93,14 @@ def run_process(stage: str, world: Path, args: argparse.Namespace, options: list
 
 def run_tests(world: Path, args: argparse.Namespace) -> dict[str, Any]:
     """The tests that need a GPU, by name; each that starts an engine which sleeps has a process of its own."""
-    found = world / "tests.xml"
+    results = world / "tests.xml"
     where = GPU_TEST_FILES if args.tiny else ("tests",)
-    command = [sys.executable, "-m", "pytest", *where, "-m", "gpu", "-q", f"--junitxml={found}"]
+    command = [sys.executable, "-m", "pytest", *where, "-m", "gpu", "-q", f"--junitxml={results}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=args.limit, env=environment(), cwd=ROOT)
-    if not found.exists():
+    if not results.exists():
         return {"failed": done.stdout[-2000:] + done.stderr[-1000:]}
     outcomes = {}
-    for case in ElementTree.parse(found).iter("testcase"):
+    for case in ElementTree.parse(results).iter("testcase"):
         problem = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
         outcome = "passed" if problem is None else f"{problem.tag}: {problem.get('message', '')[:300]}"
         outcomes[f"{case.get('classname')}.{case.get('name')}"] = outcome
@@ -130,13 +130,13 @@ def card_name(is_tiny: bool) -> str:
 
 
 def versions() -> dict[str, str]:
-    found = {}
+    installed = {}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            installed[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 if __name__ == "__main__":

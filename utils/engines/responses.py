@@ -16,10 +16,10 @@ UNFINISHED_CHARACTER = "\ufffd"  # what decoding gives for the first bytes of a 
 
 def end_ids_of(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """The ids that end a response: those of the generation config, the model's config and the tokenizer together."""
-    found: set[int] = set()
+    end_ids: set[int] = set()
     for value in (policy.generation_config.eos_token_id, policy.config.eos_token_id, tokenizer.eos_token_id):
-        found.update(value if isinstance(value, list | tuple) else [] if value is None else [value])
-    return frozenset(found)
+        end_ids.update(value if isinstance(value, list | tuple) else [] if value is None else [value])
+    return frozenset(end_ids)
 
 
 def special_ids_of(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -133,17 +133,17 @@ class TransformersEngine:
                 ids[row].append(token)
                 log_probs[row].append(log_prob)
                 ended[row] = self.reader.ended(ids[row])
-            going = [k for k, row in enumerate(active) if not ended[row]]
-            advance(len(active) - len(going))
-            if not going or t + 1 == sampling.max_tokens:
-                advance(len(going))
+            unfinished = [k for k, row in enumerate(active) if not ended[row]]
+            advance(len(active) - len(unfinished))
+            if not unfinished or t + 1 == sampling.max_tokens:
+                advance(len(unfinished))
                 break
-            if len(going) < len(active):
-                active = [active[k] for k in going]
-                keep = torch.tensor(going, device=device)
+            if len(unfinished) < len(active):
+                active = [active[k] for k in unfinished]
+                keep = torch.tensor(unfinished, device=device)
                 cache.reorder_cache(keep)
                 tokens, positions, mask, uniforms = tokens[keep], positions[keep], mask[keep], uniforms[keep]
-            mask = torch.cat([mask, mask.new_ones(len(going), 1)], dim=1)
+            mask = torch.cat([mask, mask.new_ones(len(unfinished), 1)], dim=1)
             logits, cache = self._forward(tokens[:, None], mask, positions[:, None], cache)
             positions = positions + 1
         return [

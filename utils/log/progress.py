@@ -81,15 +81,15 @@ def progress_bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
     """
     with ProgressBar(label, total, delay=DELAY) as bar:
         done, started = 0, time.monotonic()
-        told = started
+        last_line = started
 
         def advance(count: int) -> None:
-            nonlocal done, told
+            nonlocal done, last_line
             done += count
             bar.advance(count)
             now = time.monotonic()
-            if not bar.is_drawn and done < total and now >= told + LINE_INTERVAL:
-                told = now
+            if not bar.is_drawn and done < total and now >= last_line + LINE_INTERVAL:
+                last_line = now
                 left = timedelta(seconds=round((now - started) / done * (total - done)))
                 bar.line(f"{label} {done:,} of {total:,}  left {left}")
 

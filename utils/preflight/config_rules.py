@@ -252,6 +252,6 @@ def _reward_rules(key: str, names: Iterable[str]) -> Iterator[Rule]:
     for name in names:
         similar = nearest(name, REWARD_FNS)
         guess = f"did you mean {similar!r}? There" if similar else "there"
-        there = ", ".join(REWARD_FNS)
-        remedy = f"no reward function {name!r}; {guess} are: {there}; or give path/to/file.py:function"
+        known = ", ".join(REWARD_FNS)
+        remedy = f"no reward function {name!r}; {guess} are: {known}; or give path/to/file.py:function"
         yield (key,), name not in REWARD_FNS and not is_own(name), remedy

@@ -78,18 +78,18 @@ def derive(
         uses_vllm: whether the rollout engine is vLLM.
     """
     wanted = fields_to_derive(config, given)
-    config, found = copy.deepcopy(config), []
+    config, derived = copy.deepcopy(config), []
     if config.vllm.gpu_memory_utilization is None:
         config.vllm.gpu_memory_utilization = default_of(fields()[UTILIZATION])
     if sizes is None:
-        return config, found
+        return config, derived
     if uses_vllm and UTILIZATION in wanted:
-        found.append(_share(config, sizes, longest_sequence, card, BUDGET in wanted))
-        config.vllm.gpu_memory_utilization = found[-1].value
+        derived.append(_share(config, sizes, longest_sequence, card, BUDGET in wanted))
+        config.vllm.gpu_memory_utilization = derived[-1].value
     if BUDGET in wanted:
-        found.append(_budget(config, sizes, longest_sequence, card, uses_vllm))
-        config.training.max_tokens_per_microbatch = found[-1].value
-    return config, found
+        derived.append(_budget(config, sizes, longest_sequence, card, uses_vllm))
+        config.training.max_tokens_per_microbatch = derived[-1].value
+    return config, derived
 
 
 def _share(config: Config, sizes: dict[str, Any], longest_sequence: int, card: Card, budget_follows: bool) -> Derived:

@@ -39,7 +39,7 @@ class Look:
         of groups of 1, those with a reward other than 0."""
         raw = self.training.loss_type in LOSSES_WITHOUT_BASELINE or self.training.group_size == 1
         values = [{reward.total for reward in group} for group in self.groups]
-        return sum(found != {0.0} if raw else len(found) > 1 for found in values)
+        return sum(totals != {0.0} if raw else len(totals) > 1 for totals in values)
 
     def warning(self) -> str | None:
         """What should be known before a step is taken: no group that was looked at could teach anything."""
@@ -100,9 +100,9 @@ class Look:
 
     def examples(self) -> list[int]:
         """One response with a reward and one without, where there are both; else the first of two groups."""
-        found = {self.rewards[i].total > 0: i for i in reversed(range(len(self.rewards)))}
-        if len(found) == 2:
-            return sorted(found.values())
+        by_outcome = {self.rewards[i].total > 0: i for i in reversed(range(len(self.rewards)))}
+        if len(by_outcome) == 2:
+            return sorted(by_outcome.values())
         return [0, self.training.group_size][: len(self.groups)]
 
     def response_lines(self, i: int) -> Iterator[str]:
