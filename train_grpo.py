@@ -3,11 +3,12 @@
     python train_grpo.py --config configs/quickstart.yaml
     python train_grpo.py --config configs/lr_sweep/3e-5.yaml --config configs/hardware/rtx4090.yaml training.seed=7
 
-A GRPO step samples a group of responses to each of a few problems, scores them, takes as a response's advantage its
-reward against its group's, and follows the policy gradient. Below, `train` is the outer loop and `update_policy` the
-inner one; `utils/algorithm/losses.py` is their mathematics. What surrounds a step is in `utils/run/`.
+A GRPO step samples a group of responses per problem and scores them. A response's advantage is its reward compared with
+the rewards of its group. The step then follows the policy gradient. In `train_grpo.py`, `train` is the outer
+loop and `update_policy` the inner loop. Their mathematics is in `utils/algorithm/losses.py`, and what surrounds a step
+in `utils/run/`.
 
-Exit status: 0 finished, 1 an error, 2 a mistake in what was asked for, 3 collapsed, 4 stopped by a signal and saved
+Exit status: 0 finished, 1 an error, 2 a mistake in the command or config, 3 collapsed, 4 stopped by a signal and saved
 (while loading and before the first step there is nothing to save), 5 time limit reached and saved, 6 too many
 non-finite numbers.
 """
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
 def train(run: Run) -> Status:
     """The outer loop of GRPO: DeepSeekMath, algorithm 1, with verified rewards."""
-    import torch  # here and not above: --help and --dry-run need none of it, and it takes seconds
+    import torch  # here and not above: it takes seconds, and --help and --dry-run do not need it
 
     from utils.algorithm.advantages import compute_advantages
     from utils.algorithm.batch import make_train_batch
@@ -75,7 +76,7 @@ def train(run: Run) -> Status:
             if learner.reference is not None:
                 batch = with_reference_log_probs(learner.reference, batch, t)
             update = update_policy(learner.policy, learner.optimizer, batch, t, steps_done, run.should_stop)
-        if update.abandoned:  # asked to stop: the state is still that of the last whole step
+        if update.abandoned:  # asked to stop: the state is still the last whole step's
             continue
         with meter.phase("push"):
             meter.add(learner.engine.update_weights(learner.policy))
@@ -93,8 +94,8 @@ def update_policy(
     """The inner loop: `epochs_per_rollout_batch` passes over one rollout batch, an optimizer step per minibatch.
 
     Its objective is `utils.algorithm.losses.objective`. A step whose loss or gradient is not finite is skipped. If
-    `should_stop` says yes before the first optimizer step, the update is abandoned with the weights untouched; later it
-    is finished, so that weights are always those of a whole GRPO step.
+    `should_stop` returns True before the first optimizer step, the update is abandoned and the weights are untouched.
+    After that step the update is finished, so that the weights are always those of a whole GRPO step.
     """
     from utils.algorithm.aggregation import aggregate_loss
     from utils.algorithm.batch import mark_gradients, microbatches, minibatches
@@ -168,7 +169,7 @@ def report_mistake(mistake: ValueError) -> Status:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except KeyboardInterrupt:  # in the first moment; from then on a StopRequest listens
+    except KeyboardInterrupt:  # before StopRequest handles the signal
         print("\ninterrupted before the run began", file=sys.stderr)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.raise_signal(signal.SIGINT)  # a shell shows it as 130

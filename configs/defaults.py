@@ -39,7 +39,7 @@ class Paths:
         "Qwen/Qwen2.5-Math-1.5B", "model to start from: a checkpoint folder, or a name on the Hugging Face hub"
     )
     output_dir: str = option(
-        "runs/grpo", "folder that the run writes; one that already holds a run is refused without --resume"
+        "runs/grpo", "folder that the run writes to; one that already holds a run is refused without --resume"
     )
 
 
@@ -78,7 +78,7 @@ class Training:
     epochs_per_rollout_batch: int = option(1, "passes over each rollout batch", low=1)
     train_batch_size: int = option(256, "rollouts per optimizer step", low=1)
     gradient_accumulation_steps: int = option(
-        256, "microbatches per optimizer step: more of them take less memory", low=1
+        256, "microbatches per optimizer step; more of them need less memory", low=1
     )
     use_packing: bool = option(
         True,
@@ -88,7 +88,7 @@ class Training:
     max_tokens_per_microbatch: int | None = option(
         None,
         "most tokens per microbatch, padding included, in place of gradient_accumulation_steps; null is off; on a GPU "
-        "it is derived from the card where neither of the two is set",
+        "it is derived from the card if neither of the two is set",
         low=1,
     )
     loss_type: str = option(
@@ -108,8 +108,8 @@ class Training:
     )
     advantage: str = option(
         "group",
-        "what a reward is compared with: its group's mean (group), the mean of the others in its group (rloo), or the "
-        "mean, by which the difference is also divided (maxrl)",
+        "what a reward is compared with: its group's mean (group), the mean of the others in its group (rloo), or its "
+        "group's mean, by which the difference is then divided (maxrl)",
         choices=["group", "rloo", "maxrl"],
     )
     use_std_normalization: bool = option(True, "divide advantages by a standard deviation of the rewards")
@@ -125,17 +125,21 @@ class Training:
         0.2, "how far loss_type grpo_clip or gspo lets the ratio move from 1", above=0.0, below=1.0
     )
     cliprange_high: float | None = option(
-        None, "how far above 1 the same losses let the ratio move; null is as far as cliprange", above=0.0
+        None, "how far above 1 loss_type grpo_clip or gspo lets the ratio move; null is as far as cliprange", above=0.0
     )
     dual_clip: float | None = option(
         None,
-        "most that a token with a negative advantage may add to the same losses, in multiples of the advantage; null "
-        "is no limit",
+        "most that a token with a negative advantage may add to loss_type grpo_clip or gspo, in multiples of the "
+        "advantage; null is no limit",
         above=1.0,
     )
     cispo_max_ratio: float = option(5.0, "largest weight that loss_type cispo gives a token", above=0.0)
-    sapo_tau_positive: float = option(1.0, "temperature of sapo's gate for positive advantages", above=0.0)
-    sapo_tau_negative: float = option(1.05, "temperature of sapo's gate for negative advantages", above=0.0)
+    sapo_tau_positive: float = option(
+        1.0, "temperature of the gate of loss_type sapo for positive advantages", above=0.0
+    )
+    sapo_tau_negative: float = option(
+        1.05, "temperature of the gate of loss_type sapo for negative advantages", above=0.0
+    )
     dppo_delta: float = option(
         0.2, "loss_type dppo leaves out a token whose probability has moved further than this", above=0.0, below=1.0
     )
@@ -169,14 +173,16 @@ class Training:
     geo_high: float = option(1.01, "highest mean weight of a response that sampler_correction geo keeps", above=0.0)
     negative_mask: float | None = option(
         None,
-        "leave out responses with a negative advantage that the policy finds less likely than the engine did by more "
-        "than this, nats per token; null is off",
+        "leave out responses with a negative advantage whose mean log-prob under the policy is below the engine's by "
+        "more than this, nats per token; null is off",
         above=0.0,
     )
     kl_coef: float = option(
-        0.0, "weight of the KL divergence from a reference policy in the loss; 0 loads no reference", low=0.0
+        0.0, "weight in the loss of the KL divergence from a reference policy; 0 loads no reference", low=0.0
     )
-    kl_estimator: str = option("k3", "estimator of that KL divergence", choices=["k1", "k2", "k3"])
+    kl_estimator: str = option(
+        "k3", "estimator of the KL divergence from the reference policy", choices=["k1", "k2", "k3"]
+    )
     reference_path: str | None = option(
         None, "checkpoint folder or hub name of the reference policy; null is the model that training starts from"
     )
@@ -195,7 +201,7 @@ class Training:
     adam_eps: float = option(1e-8, "AdamW's epsilon, added to the denominator of its update", above=0.0)
     max_grad_norm: float = option(1.0, "largest total gradient norm; a larger gradient is scaled down to it", above=0.0)
     max_nonfinite_steps: int = option(
-        3, "end the run after this many optimizer steps in a row were skipped because of NaN or infinity", low=1
+        3, "end the run once this many optimizer steps in a row have been skipped because of NaN or infinity", low=1
     )
 
     rollout_engine: str = option(
@@ -267,13 +273,13 @@ class Training:
     )
     max_hours: float | None = option(
         None,
-        "hours after which the run has saved and ended, counted anew at each --resume; null is no limit",
+        "hours within which the run saves and ends, counted anew at each --resume; null is no limit",
         above=0.0,
     )
     n_rollouts_to_log: int = option(
         16,
-        "rollouts written to rollouts.jsonl at every evaluation, of training and of validation each; of training whole "
-        "groups, so rounded up to a multiple of group_size",
+        "rollouts written to rollouts.jsonl at every evaluation: this many from training, rounded up to whole groups, "
+        "and this many from validation",
         low=0,
     )
     wandb_project: str = option("", "project on Weights & Biases to log to; empty is off")
@@ -322,7 +328,7 @@ class Vllm:
         False, "run without CUDA graphs: slower, but starts sooner and takes less memory; always so on the CPU"
     )
     max_model_len: int | None = option(
-        None, "tokens of the longest prompt and response together; null takes them from the data and max_tokens", low=1
+        None, "tokens of the longest prompt and response together; null derives it from the data and max_tokens", low=1
     )
     max_num_seqs: int = option(256, "number of sequences generated at once", low=1)
     sleep_level: int = option(
@@ -354,7 +360,7 @@ class Guard:
 
     action: str = option("warn", "what a collapse does to the run", choices=["stop", "warn", "off"])
     patience: int = option(
-        5, "GRPO steps in a row for which a fault must last; a fall of the reward must last twice as long", low=1
+        5, "GRPO steps in a row for which a fault must last; a fall in reward must last twice as long", low=1
     )
 
 

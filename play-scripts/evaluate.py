@@ -2,7 +2,7 @@
 
     python play-scripts/evaluate.py runs/quickstart/checkpoints/best
     python play-scripts/evaluate.py Qwen/Qwen2.5-Math-1.5B --config configs/hardware/rtx4090.yaml --samples 8 \\
-        --data data/math/validation.jsonl data/gsm8k/test.jsonl --output runs/evaluated
+        --data data/math/validation.jsonl data/gsm8k/validation.jsonl --output runs/evaluated
 
 Prompt, reward function, engine and sampling come from the config: --config, or the config.yaml of the run that the
 checkpoint lies in. For one data file it prints mean reward, pass@k and maj@k (is the answer that most of k samples give

@@ -133,7 +133,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--share-wrong", type=float, default=0.35, help="share of demonstrations with a wrong answer (0.35)")
     add("--share-malformed", type=float, default=0.25, help="share of demonstrations with a broken format (0.25)")
-    add("--demonstrations-each", type=int, default=8, help="demonstrations a training problem (8)")
+    add("--demonstrations-each", type=int, default=8, help="demonstrations per training problem (8)")
     add("--validation-pairs", type=int, default=150, help="pairs of numbers held out, in either order (150)")
     add("--force", action="store_true", help="replace what an earlier call made")
     return parser

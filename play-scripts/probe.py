@@ -4,8 +4,8 @@
     python play-scripts/probe.py --config configs/math.yaml training.max_tokens=512 --responses 128
 
 Prompts are those of the config's validation problems; engine, sampling and rewards are the config's too. Nothing is
-written. It prints how many responses are right, in the asked-for format and truncated, in how many groups the rewards
-differ at this group size, and why the others have no reward.
+written. It prints how many responses are right, in the required format and truncated; in how many groups the rewards
+differ; and why responses have no reward.
 """
 
 from __future__ import annotations
@@ -43,7 +43,13 @@ def main(arguments: Sequence[str] | None = None) -> Status:
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", action="append", default=[], metavar="FILE", help="YAML file; later files win")
-    parser.add_argument("--responses", type=int, default=64, metavar="N", help="about so many, in whole groups (64)")
+    parser.add_argument(
+        "--responses",
+        type=int,
+        default=64,
+        metavar="N",
+        help="about how many responses to sample, in whole groups (64)",
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="change a field of the config")
     return parser.parse_intermixed_args(arguments)
 

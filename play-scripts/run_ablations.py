@@ -11,7 +11,7 @@ the same config are run once and copied. Ctrl-C ends the runs after the work at 
 on. If a folder holds folders of configs, all of those are run. Reports of your own folders are not listed in
 <results>/README.md, which is for the ablations of this repository.
 
-Exit status: 0 every run has ended, perhaps collapsed; 1 some have not; 2 a mistake in what was asked for; 4 stopped.
+Exit status: 0 every run has ended, perhaps collapsed; 1 some have not; 2 a mistake in the command; 4 stopped.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Supervised fine-tuning (SFT): teach a causal language model to give the responses of a JSONL file.
 
 Each row holds two texts, `prompt` (complete, as the model will see it) and `response`; the end token is added to every
-response. The loss is the negative log-likelihood of the response tokens, averaged over all of a batch's; prompts are
+response. The loss is the negative log-likelihood of the response tokens, averaged over the whole batch; prompts are
 read, not learnt.
 
     python play-scripts/train_sft.py --model data/tiny/model --data data/tiny/demonstrations.jsonl \\
@@ -150,7 +150,7 @@ def build_parser() -> argparse.ArgumentParser:
     length.add_argument("--steps", type=int, help="optimizer steps, the last of which is saved as `final`")
     length.add_argument("--epochs", type=float, help="passes over the demonstrations, rounded up to whole steps")
     add("--save-at", type=int, nargs="+", default=[], metavar="STEP", help="also save after these steps")
-    add("--batch-size", type=int, default=64, help="demonstrations an optimizer step (64)")
+    add("--batch-size", type=int, default=64, help="demonstrations per optimizer step (64)")
     add("--gradient-accumulation-steps", type=int, default=1, help="microbatches per step; more take less memory (1)")
     add("--learning-rate", type=float, default=1e-5, help="AdamW's learning rate, at its highest (1e-5)")
     add("--schedule", choices=SCHEDULES, default="constant", help="the learning rate after its warm-up (constant)")

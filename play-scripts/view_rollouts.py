@@ -47,7 +47,7 @@ FIELDS = {
 
 
 def load_rollouts(run: Path) -> tuple[list[Row], list[str]]:
-    """The rollouts of a run folder, and a complaint for each line that is none. Raises ValueError without a file."""
+    """The rollouts of a run folder, and a complaint for each line that is not one. Raises ValueError without a file."""
     path = run if run.is_file() else run / ROLLOUTS_FILE
     if not path.exists():
         inside = sorted(str(file.parent) for file in run.rglob(ROLLOUTS_FILE)) if run.is_dir() else []

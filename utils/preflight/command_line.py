@@ -61,12 +61,24 @@ def _build_parser(description: str | None) -> Parser:
     add("--config", action="append", default=[], metavar="FILE", help="YAML file; may be given several times")
     add("overrides", nargs="*", metavar="section.field=value", help="change a field of the config")
     add(
-        "--dry-run", action="store_true", help="say what keeps the run from starting and what it comes to; load nothing"
+        "--dry-run",
+        action="store_true",
+        help="print what the config implies and anything that would stop the run, then exit",
     )
     add("--full", action="store_true", help="with --dry-run: show every field of the config")
-    add("--resume", action="store_true", help="go on with the run in paths.output_dir")
-    add("--allow-changes", action="store_true", help="resume although fields differ that should not; they are listed")
-    add("--help-config", nargs="?", const="", metavar="WORD", help="list the config's fields that have this word")
+    add("--resume", action="store_true", help="continue the run in paths.output_dir")
+    add(
+        "--allow-changes",
+        action="store_true",
+        help="with --resume: accept changed fields that are normally refused, and list them",
+    )
+    add(
+        "--help-config",
+        nargs="?",
+        const="",
+        metavar="WORD",
+        help="list the config's fields; with WORD, only those whose name or doc has it",
+    )
     return parser
 
 
@@ -110,7 +122,7 @@ def _field_of(flag: str, own_options: set[str]) -> str:
 
 
 def _value_of(flag: str, key: str, words: list[str]) -> str:
-    """The value after a flag, taken off the words that follow it; a flag that is true or false may stand alone."""
+    """The value after a flag, taken off the words that follow it; a flag that is true or false needs none."""
     is_switch = isinstance(default_of(fields()[key]), bool)
     if words and (words[0].lower() in BOOLEANS if is_switch else not words[0].startswith("--")):
         return words.pop(0)
