@@ -33,7 +33,7 @@ SHOTS = ((2, 6), (9, 3), (11, 7), (4, 12))  # in data/sums.prompt, with their an
 
 
 def make(options: argparse.Namespace) -> None:
-    """Build the folder, unless it is there already; a folder of that name is always whole."""
+    """Build the folder, unless it exists; a folder of that name is always whole."""
     output = Path(options.output)
     if is_there(output, recipe(options), options.force):
         print(f"{output} is already there; --force makes it again")

@@ -36,7 +36,7 @@ def groups_of(rollouts: Sequence[Row]) -> list[list[Row]]:
 
 
 def folded(groups: Sequence[Group]) -> list[bool]:
-    """Of each group, whether its prompt is that of an earlier one but for the question."""
+    """For each group, whether its prompt equals an earlier one apart from the question."""
     seen: set[str] = set()
     repeats = []
     for group in groups:
@@ -103,7 +103,7 @@ class Pager:
         self.folds = folded(groups)
 
     def press(self, key: str) -> bool:
-        """Do what a key asks for; False if that is to end."""
+        """Do what a key asks for; returns False for the key that ends."""
         page = self.height - 2
         if key in ("q", "Q", "\x1b", "\x04"):
             return False
@@ -126,7 +126,7 @@ class Pager:
         return self.draw(self.at, self.folds[self.at])
 
     def screen(self) -> list[str]:
-        """The lines that are seen: a part of the group, and the keys below."""
+        """The visible lines: a part of the group, and the keys below."""
         lines = self.lines()
         below = len(lines) - self.top - (self.height - 1)
         more = f"{below} lines below  " if below > 0 else ""

@@ -98,7 +98,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def load(loader: Callable[..., Loaded], model: str, *arguments: object) -> Loaded:
-    """What a loader of `algorithm/policy.py` makes of --model, which its ValueErrors would call a config field."""
+    """Load --model by a loader of `algorithm/policy.py`; its ValueErrors name the option in place of a config field."""
     try:
         return loader(model, *arguments)
     except ValueError as error:
@@ -128,7 +128,7 @@ def check_options(options: argparse.Namespace, output: Path) -> None:
 
 
 def check_save_at(options: argparse.Namespace) -> None:
-    """Raise ValueError for a step to save at that is none; how many steps there are may follow from the data."""
+    """Raise ValueError for a --save-at step that is not one of the run's; their number may depend on the data."""
     for step in options.save_at:
         if not 1 <= step <= options.steps:
             raise ValueError(f"--save-at {step} is not one of the {options.steps} steps")

@@ -101,9 +101,9 @@ class RolloutEngine(Protocol):
         """Sample n responses per prompt: len(prompts) * n rollouts, those of one prompt side by side.
 
         Response j of prompt i is sampled with the seed `seed + i * n + j`, so equal arguments and weights give equal
-        rollouts. `temperature` stands in for `sampling.temperature` (0: greedy); `label` names the progress bar.
+        rollouts. `temperature` replaces `sampling.temperature` (0: greedy); `label` names the progress bar.
 
-        `should_stop` is asked at every token; if it says yes, the result is an empty list.
+        `should_stop` is called at every token; if it returns True, the result is an empty list.
         """
 
     def update_weights(self, policy: torch.nn.Module) -> dict[str, float]:

@@ -38,11 +38,11 @@ ADVANTAGES: dict[str, Callable[[Tensor, Training], Tensor]] = {
 
 
 def compute_advantages(rewards: Tensor, training: Training) -> Tensor:
-    """(B,) -> (B,): `advantage`, and over a standard deviation + `advantage_eps` if `use_std_normalization`.
+    """(B,) -> (B,): `advantage`, divided by a standard deviation + `advantage_eps` if `use_std_normalization`.
 
     The standard deviation (unbiased, N - 1) is the group's, or the batch's with `std_scope: batch` (arXiv:2508.08221).
     A group whose rewards are all equal gets exactly 0: the mean of equal floats may be off by a rounding error, which
-    the division would blow up. Raises ValueError for a size that does not divide, and for groups of one.
+    the division would amplify. Raises ValueError for a size that does not divide, and for groups of one.
     """
     group_size = training.group_size
     if rewards.ndim != 1 or rewards.numel() % group_size:

@@ -1,4 +1,4 @@
-"""From losses of tokens to one number. Every mode is counted over the whole optimizer batch, before it is cut.
+"""From losses of tokens to one number. Every mode counts over the whole optimizer batch, before it is cut.
 
 A mode gives what each sequence's summed loss is divided by, (B,); the quotients are summed and divided by B. So a
 microbatch adds its part of the same number however the batch is cut (`microbatch` is the exception, by definition).

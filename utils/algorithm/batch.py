@@ -26,7 +26,7 @@ class TrainBatch:
     """B rollouts as tensors on the CPU, padded on the right to T tokens (prompt and response together).
 
     `response_mask` is aligned with the labels, `input_ids[:, 1:]`: entry t is True where label t is trained on. It
-    comes from lengths, since the pad id may be the end id. What a loss or its aggregation needs beside that is a field.
+    comes from lengths, since the pad id may be the end id. What else a loss or its aggregation needs is a field.
     """
 
     input_ids: Tensor  # (B, T) int64
@@ -35,11 +35,11 @@ class TrainBatch:
     rewards: Tensor  # (B,) float32, raw
     advantages: Tensor  # (B,) float32
     sampler_log_probs: Tensor  # (B, T-1) float32, 0 outside the response
-    old_log_probs: Tensor | None = None  # (B, T-1), 0 outside the response; None: those of the weights now
+    old_log_probs: Tensor | None = None  # (B, T-1), 0 outside the response; None: those of the current weights
     reference_log_probs: Tensor | None = None  # (B, T-1)
     has_gradient: Tensor | None = None  # (B,) bool: rollouts that go through the model; None: all
     denominators: Tensor | None = None  # (B,) what each sequence's summed loss is divided by
-    vocabulary_size: int | None = None  # ids from here on were never sampled, and have no probability; None: all have
+    vocabulary_size: int | None = None  # ids from this one on cannot be sampled: probability 0; None: all can
 
     @property
     def rows_with_gradient(self) -> Tensor:
@@ -55,10 +55,10 @@ def make_train_batch(
     mask_truncated: bool = False,
     pad_id: int = 0,
 ) -> TrainBatch:
-    """The very ids that were sampled, with rewards and advantages (B,), as tensors on the CPU.
+    """Exactly the ids that were sampled, with rewards and advantages (B,), as tensors on the CPU.
 
-    With `mask_truncated` no token of a response that ran into max_tokens is trained on. Any `pad_id` will do, since
-    masks come from lengths, and no real token sees what is to its right.
+    With `mask_truncated` no token of a response that ran into max_tokens is trained on. Any `pad_id`
+    will do, since masks come from lengths and no real token sees what is to its right.
     """
     prompts = [rollout.prompt.token_ids for rollout in rollouts]
     responses = [rollout.response_ids for rollout in rollouts]
@@ -127,14 +127,14 @@ class Microbatch:
     rewards: Tensor  # (M,)
     advantages: Tensor  # (M,)
     sampler_log_probs: Tensor  # (M, t-1)
-    old_log_probs: Tensor | None  # (M, t-1), None if they are those of the weights now
+    old_log_probs: Tensor | None  # (M, t-1), None if they are those of the current weights
     reference_log_probs: Tensor | None  # (M, t-1)
     denominators: Tensor | None  # (M,)
     packing: Packing | None  # the same tokens without padding, for policies that take them so
     vocabulary_size: int | None
 
     def loss_inputs(self, policy_log_probs: Tensor) -> LossInputs:
-        """What a loss sees of these rows, with log-probs (M, t-1) under the weights now."""
+        """What a loss sees of these rows, with log-probs (M, t-1) under the current weights."""
         return LossInputs(
             policy_log_probs=policy_log_probs,
             response_mask=self.response_mask,

@@ -1,7 +1,7 @@
-"""What is put on a loss from beside it: weights for a sampler that is another program than the trainer, and a KL term.
+"""What is added to any loss: weights for a sampler that is a different program from the trainer, and a KL term.
 
-rho_s = pi_old / mu, the trainer's probability of a token over the one that the engine sampled it with, differs from 1
-by kernels and precision. All weights are detached. Shapes: B responses of T tokens.
+rho_s = pi_old / mu is the trainer's probability of a token over the engine's when it sampled the token. It differs from
+1 because kernels and precision differ. All weights are detached. Shapes: B responses of T tokens.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ SAMPLER_CORRECTIONS: dict[str, Callable[[Tensor, LossInputs, Training], Tensor]]
 
 
 def sampler_weights(inputs: LossInputs, training: Training) -> Tensor | None:
-    """(B, T) what `sampler_correction` and `negative_mask` multiply each token's loss with; None if both are off.
+    """(B, T) what `sampler_correction` and `negative_mask` multiply each token's loss by; None if both are off.
 
-    `negative_mask` leaves out a response with A < 0 whose mean of log mu - log pi is above it: it was likely for the
-    sampler and is not for the policy (DeepSeek-V3.2).
+    `negative_mask` leaves out a response with A < 0 whose mean of log mu - log pi is above it: the sampler found the
+    response likely and the policy does not (DeepSeek-V3.2).
     """
     if training.sampler_correction is None and training.negative_mask is None:
         return None

@@ -14,8 +14,8 @@ class GroupCollector:
     """Collects the rollouts of one GRPO step, in one round of sampling or, with `refill_groups`, in several.
 
     With `refill_groups` a group is kept if some of its answers are right and some are wrong (DAPO, arXiv:2503.14476,
-    equation 11); whether an answer is right is asked of `Reward.answer`, not of a shaped total. If the last round still
-    leaves room, it is filled with groups that were left out, whose advantages are mostly 0.
+    equation 11). `Reward.answer` says whether an answer is right, not a shaped total. If the last round still leaves
+    room, it is filled with groups that were left out, whose advantages are mostly 0.
     """
 
     def __init__(self, training: Training) -> None:
@@ -31,7 +31,7 @@ class GroupCollector:
         return self._n_wanted - len(self._kept)
 
     def seed(self, steps_done: int) -> int:
-        """The seed that this round samples with: the GRPO step's, and one of its own for each later round."""
+        """The seed of this round: the first round takes the GRPO step's, and each later round has its own."""
         later = [self.n_rounds] if self.n_rounds else []
         return derive_seed(self._training.seed, "rollouts", steps_done, *later)
 
@@ -63,7 +63,7 @@ class GroupCollector:
         return sum(len(rollout.response_ids) for rollouts, _ in self._kept + self._spare for rollout in rollouts)
 
     def solved(self, pass_rate: float | None) -> list[Prompt]:
-        """The prompts, of all that were sampled, whose group had at least this share right; none if it is None."""
+        """The sampled prompts whose group had at least this share right; empty if `pass_rate` is None."""
         if pass_rate is None:
             return []
         return [

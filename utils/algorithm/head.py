@@ -1,4 +1,4 @@
-"""What a language model does to its last hidden states to make logits of them."""
+"""How a language model turns its last hidden states into logits."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def find_head(policy: nn.Module) -> Head | None:
 
     The config proposes scale and cap, and a forward pass shows whether that is all: what goes into the head is compared
     with the hidden states, and the head's output is replaced by known values that must come back as `Head` turns them
-    into logits. Looked for once per policy, outside the training loop's hot path.
+    into logits. Found once per policy and remembered.
     """
     if policy not in _heads:
         matrix, head = policy.get_output_embeddings(), proposed_head(policy)
@@ -67,7 +67,7 @@ def find_head(policy: nn.Module) -> Head | None:
 
 
 def proposed_head(policy: nn.Module) -> Head:
-    """Scale and cap by the names that configs have for them: Gemma caps, Granite divides, Cohere multiplies."""
+    """Scale and cap, by their names in model configs: Gemma caps, Granite divides, Cohere multiplies."""
     config = policy.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1.0
     divisor = getattr(config, "logits_scaling", None) or 1.0

@@ -88,8 +88,8 @@ def response_log_probs(
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probs of response tokens under softmax(logits / temperature), and that distribution's entropy, in nats.
 
-    A policy that packing is enabled for sees no padding, and a prompt once for all its responses. To others sequences
-    are padded on the right, so with causal attention no real token sees padding and no mask is needed.
+    A policy with packing enabled sees no padding, and each prompt once for all its responses. For others, sequences are
+    padded on the right, so with causal attention no real token sees padding and no mask is needed.
 
     Args:
         policy: a Hugging Face causal language model. To compile it, compile its backbone in place
@@ -102,8 +102,8 @@ def response_log_probs(
         response_index: (N,) int64, `response_mask.flatten().nonzero()`, if it was computed before: finding it on an
             accelerator makes the host wait for the device.
         packing: `pack(input_ids, response_mask)`, if it was computed before, for the same reason.
-        vocabulary_size: ids from here on have no probability; None: all ids have. Models pad their vocabulary beyond
-            the tokenizer's, and no engine samples such an id.
+        vocabulary_size: ids from this one on have probability 0; None: no such limit. Models pad their vocabulary
+            beyond the tokenizer's, and no engine samples such an id.
 
     Returns:
         log_probs (B, T-1) float32, with gradient, and entropy (B, T-1) float32 or None; both 0 outside the mask.
@@ -170,7 +170,7 @@ def chunked_log_probs(
     """Hidden states (N, H), head weight (V, H), labels (N,) -> log-probs (N,) and entropy (N,) or None, float32, nats.
 
     Both are of softmax(logits / temperature) over the first `vocabulary_size` ids (None: all), where logits are
-    hidden @ weight.T, scaled and capped if `head` says so; gradients flow through the log-probs alone.
+    hidden @ weight.T, scaled and capped if `head` says so; gradients flow only through the log-probs.
     """
     return _ChunkedHead.apply(
         hidden, weight, labels, temperature, chunk_size, with_entropy, vocabulary_size, head or Head()
@@ -180,9 +180,9 @@ def chunked_log_probs(
 class _ChunkedHead(torch.autograd.Function):
     """`chunked_log_probs`, with its derivative written by hand.
 
-    At most `chunk_size` rows of logits exist at a time. Backward computes a chunk's logits once more instead of keeping
-    them, but for the last chunk: backward begins there, so keeping it raises no peak, and a microbatch that fits into
-    one chunk pays for no second product.
+    At most `chunk_size` rows of logits exist at a time. Backward computes a chunk's logits again instead of keeping
+    them. Only the last chunk is kept: backward begins there, so keeping it does not raise the peak, and a microbatch
+    that fits into one chunk needs no second product.
     """
 
     @staticmethod

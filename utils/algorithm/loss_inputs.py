@@ -12,11 +12,11 @@ from torch import Tensor
 class LossInputs:
     """B responses, padded to T tokens. Log-probs are in nats."""
 
-    policy_log_probs: Tensor  # (B, T) under the weights now, with gradient
+    policy_log_probs: Tensor  # (B, T) under the current weights, with gradient
     response_mask: Tensor  # (B, T) bool: the tokens that are trained on
     rewards: Tensor  # (B,) raw
     advantages: Tensor | None = None  # (B,)
-    old_log_probs: Tensor | None = None  # (B, T) under the weights that sampled; None: the weights now are those
+    old_log_probs: Tensor | None = None  # (B, T) under the weights that sampled; None: the current ones
     sampler_log_probs: Tensor | None = None  # (B, T) as the engine reported them while it sampled
     reference_log_probs: Tensor | None = None  # (B, T) under a frozen reference policy
 

@@ -3,8 +3,8 @@
 Read `objective` first, at the end: it is the whole objective of an optimizer step in one function. The training loop
 computes the same number piece by piece, and a test holds the two equal.
 
-A loss is a function of `LossInputs` (log-probs (B, T), rewards and advantages (B,)) that gives what each token adds,
-(B, T), and what is worth measuring, named, each (B, T). r is pi / pi_old, mu the sampler's probability, A the
+A loss is a function of `LossInputs` (log-probs (B, T), rewards and advantages (B,)). It returns what each token adds to
+the loss, (B, T), and a dict of tensors (B, T) to be measured. r is pi / pi_old, mu the sampler's probability, A the
 advantage; sg stops the gradient.
 """
 
@@ -40,9 +40,9 @@ def reinforce_with_baseline(inputs: LossInputs, training: Training) -> PerToken:
 def clipped_surrogate(ratio: Tensor, inputs: LossInputs, training: Training) -> PerToken:
     """-min(r A, clip(r, 1 - `cliprange`, 1 + `cliprange_high`) A), PPO equation 7 (arXiv:1707.06347).
 
-    With `dual_clip` c, and for A < 0 alone, never above -c A: a bad token that the policy has come to like pulls no
-    harder than that (arXiv:1912.09729). `clipped` is True where clipping changed the objective. A token whose ratio
-    left the interval on the side where the minimum keeps r A is not clipped.
+    With `dual_clip` c, the loss of a token with A < 0 is at most -c A: a bad token that has become likely pulls no
+    harder than that (arXiv:1912.09729). `clipped` is True where clipping changed the objective: not where the ratio
+    left the interval on the side on which the minimum keeps r A.
     """
     advantages = inputs.advantages[:, None]
     high = training.cliprange if training.cliprange_high is None else training.cliprange_high
@@ -111,11 +111,11 @@ def dppo(inputs: LossInputs, training: Training) -> PerToken:
 
 @dataclass(frozen=True)
 class Loss:
-    """A per-token loss, and what the loop must know of it."""
+    """A per-token loss, and what the loop must know about it."""
 
     per_token: Callable[[LossInputs, Training], PerToken]
-    weighs_by: str | None = "advantages"  # or "rewards": what multiplies the gradient of a token; None: unknown
-    has_ratio: bool = False  # whether it needs old log-probs, where the weights now are not those that sampled
+    weighs_by: str | None = "advantages"  # what multiplies a token's gradient; or "rewards", or None if unknown
+    has_ratio: bool = False  # whether it needs old log-probs once the weights differ from those that sampled
     clips: bool = False  # whether it reads `cliprange`, `cliprange_high` and `dual_clip`
 
     def has_gradient(self, rewards: Tensor, advantages: Tensor, training: Training) -> Tensor:
@@ -125,7 +125,7 @@ class Loss:
         return (rewards if self.weighs_by == "rewards" else advantages) != 0
 
     def needs_old_log_probs(self, training: Training) -> bool:
-        """With one optimizer step per rollout batch the weights now are those that sampled: the ratio is 1."""
+        """With one optimizer step per rollout batch the current weights are those that sampled: the ratio is 1."""
         compares = self.has_ratio or training.sampler_correction is not None or training.kl_coef > 0
         return compares and training.optimizer_steps_per_rollout_batch > 1
 

@@ -1,16 +1,16 @@
 """A forward pass without padding, in which a prompt is computed once for all its responses.
 
-The tokens of a microbatch stand in one row: each distinct prompt once, each response once. Embedding, projections,
-norms, MLP and head treat tokens one by one, so they run on that row; this is nearly all of the work. Attention alone
-must know which tokens make a sequence. It looks them up (a prompt's tokens for each of its responses), runs on padded
-sequences as usual, and each token's result goes back to its place in the row.
+The tokens of a microbatch form one row: each distinct prompt once, each response once. Embedding, projections,
+norms, MLP and head treat tokens one by one, so they run on that row; this is nearly all of the work. Only attention
+must know which tokens make up a sequence. It looks them up (a prompt's tokens for each of its responses), runs on
+padded sequences as usual, and each token's result goes back to its place in the row.
 
-The numbers are those of the padded pass: a token's result depends on the tokens before it alone, and these are the
+The numbers are those of the padded pass: a token's result depends only on the tokens before it, and these are the
 same in every copy of a prompt. Gradients of the copies add up where they are looked up.
 
 No model family is named here. Families differ in what surrounds attention, and that runs as it is; what attention
-itself must know (scale, sliding window, soft cap) transformers hands to every attention function. Whether a model keeps
-to that is tried: `enable_packing` compares a short packed pass with the padded one.
+itself must know (scale, sliding window, soft cap) transformers hands to every attention function. `enable_packing`
+tests whether a model follows this: it compares a short packed pass with the padded one.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def _agrees_with_padded(policy: PreTrainedModel, packed_kernel: str) -> bool:
 
 @contextlib.contextmanager
 def _short_windows(policy: PreTrainedModel, length: int = 3) -> Iterator[None]:
-    """For a while, let attention that sees only the nearest tokens see so few that a short sequence shows it."""
+    """Shorten sliding windows for a while, so that they show in a short sequence."""
     places = {id(place): place for module in policy.modules() for place in (module, getattr(module, "config", None))}
     changed = []
     for place in places.values():
@@ -180,7 +180,8 @@ def packed_attention(
     (B, 1, T, S) -> (B, T, heads, D), None.
 
     With `tokens_of` and `place_of` these are one row, B is 1, T and S are N, and `kernel` computes its sequences;
-    padded batches, as in sampling, go to `_sdpa`. A soft cap is nothing that torch's kernel knows: `_eager` has it.
+    padded batches, as in sampling, go to `_sdpa`. torch's kernel knows no soft cap; those with one
+    go to `_eager`.
     """
     if tokens_of is None:
         kernel = _sdpa if softcap is None else partial(_eager, softcap=softcap)

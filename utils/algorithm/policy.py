@@ -24,7 +24,7 @@ from utils.notes import note
 
 
 def load_tokenizer(model_path: str) -> PreTrainedTokenizerBase:
-    """The checkpoint's tokenizer. Raises ValueError where there is none."""
+    """The checkpoint's tokenizer. Raises ValueError if it cannot be loaded."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -40,7 +40,7 @@ def load_tokenizer(model_path: str) -> PreTrainedTokenizerBase:
 
 
 def load_policy(model_path: str, training: Training) -> PreTrainedModel:
-    """The checkpoint's model on `training.device`, ready to train. Raises ValueError where it cannot be loaded."""
+    """The checkpoint's model on `training.device`, ready to train. Raises ValueError if it cannot be loaded."""
     if training.cpu_threads is not None:
         torch.set_num_threads(training.cpu_threads)
     if training.device == "cpu":
@@ -105,8 +105,8 @@ def switch_off_dropout(config: PreTrainedConfig) -> list[str]:
 def choose_cpu_products(use_onednn: bool) -> None:
     """Let oneDNN or MKL make this process's float32 matrix products on the CPU; MKL where oneDNN would round.
 
-    torch gives them to MKL unless it is told that bfloat16 would do. oneDNN then takes them, and computes in float32
-    all the same unless the processor has AMX. Nothing documents that, so it is measured, against float64.
+    torch uses MKL unless `fp32_precision` allows bfloat16. Then it uses oneDNN, which still computes in float32 unless
+    the processor has AMX. This is not documented, so the error is measured against float64.
     """
     matmul = torch.backends.mkldnn.matmul
     matmul.fp32_precision = "bf16" if use_onednn else "none"
@@ -185,6 +185,6 @@ def _one_line(error: Exception) -> str:
     """An error of transformers' in one line: its first sentences are often wrapped, and its later ones long."""
     if "trust_remote_code" in str(error):  # it advises to run the code
         return "it needs code of its own, which is never run; take a model that transformers knows without it"
-    if "Unrecognized configuration class" in str(error):  # it lists all classes that there are
+    if "Unrecognized configuration class" in str(error):  # it lists every known class
         return "its model type has no head that predicts the next token; take a causal language model"
     return textwrap.shorten(str(error), width=300, placeholder=" ...")

@@ -33,7 +33,7 @@ class UpdateResult:
 
 
 class UpdateStatistics:
-    """Watches an update from beside the inner loop: told of each minibatch, microbatch and optimizer step."""
+    """Measures an update beside the inner loop, which reports each minibatch, microbatch and optimizer step."""
 
     def __init__(self, policy: torch.nn.Module, batch: TrainBatch, training: Training) -> None:
         self._policy, self._batch, self._training = policy, batch, training
@@ -112,7 +112,7 @@ class UpdateStatistics:
             self._add(f"masked_{third}", (masked & chosen).sum())
 
     def _sampler_weight_metrics(self, sums: dict[str, float]) -> dict[str, float]:
-        """Takes its own sums out of `sums`."""
+        """The metrics of the sampler's correction; removes their sums from `sums`."""
         weight, squared, masked, sequences, masked_sequences = (
             sums.pop(name, 0.0)
             for name in ("weight", "squared_weight", "masked_tokens", "sequences", "masked_sequences")
@@ -204,7 +204,7 @@ class WeightMovement:
         self._before = [_sample(parameter).clone() for parameter in parameters]
 
     def share(self) -> float:
-        """The share of all weights that differ from when this object was made, each tensor weighing as its size."""
+        """The share of all weights that differ from when this object was made, each tensor weighted by its size."""
         moved = torch.zeros((), dtype=torch.float64, device=self._parameters[0].device)
         for parameter, before in zip(self._parameters, self._before, strict=True):
             moved += (_sample(parameter) != before).double().mean() * parameter.numel()

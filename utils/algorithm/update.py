@@ -17,7 +17,7 @@ from utils.algorithm.statistics import UpdateStatistics
 
 
 def with_old_log_probs(policy: torch.nn.Module, batch: TrainBatch, training: Training) -> TrainBatch:
-    """The batch with `old_log_probs` (B, T-1) float32: those under the weights that sampled, the weights now."""
+    """The batch with `old_log_probs` (B, T-1) float32: under the weights that sampled, which are the current ones."""
     return replace(batch, old_log_probs=frozen_log_probs(policy, batch, training))
 
 
@@ -37,7 +37,7 @@ def frozen_log_probs(policy: torch.nn.Module, batch: TrainBatch, training: Train
         computed.append((piece, log_probs))
     dtype = torch.promote_types(next(policy.parameters()).dtype, torch.float32)
     result = torch.zeros(batch.response_mask.shape, dtype=dtype)
-    for piece, log_probs in computed:  # copied here and not above, where each copy would wait for the device
+    for piece, log_probs in computed:  # copied here: above, each copy would wait for the device
         result[piece, : log_probs.shape[1]] = log_probs.cpu()
     return result
 
@@ -45,7 +45,7 @@ def frozen_log_probs(policy: torch.nn.Module, batch: TrainBatch, training: Train
 def learning_rate(training: Training, steps_done: int) -> float:
     """The rate of the GRPO step that follows `steps_done`: risen over `warmup_steps`, then as `lr_schedule` says.
 
-    It follows from the number of steps alone, so a resumed run goes on exactly.
+    It depends only on the number of steps, so a resumed run continues exactly.
     """
     if steps_done < training.warmup_steps:
         return training.learning_rate * (steps_done + 1) / training.warmup_steps
@@ -77,7 +77,7 @@ def clip_gradients(policy: torch.nn.Module, max_grad_norm: float) -> Tensor:
 def take_optimizer_step(
     policy: torch.nn.Module, optimizer: torch.optim.Optimizer, training: Training, watch: UpdateStatistics
 ) -> None:
-    """Clip the gradient and step, unless loss or gradient is not finite: then the step is skipped, and counted."""
+    """Clip the gradient and step, unless the loss or gradient is not finite: then the step is skipped and counted."""
     for parameter in trainable(policy):
         if parameter.grad is None:
             # No rollout had a gradient. A zero gradient lets AdamW apply its momentum, as if it had been computed.

@@ -60,9 +60,9 @@ class ResponseReader:
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def _may_complete_stop(self, token_id: int) -> bool:
-        """Cheap and remembered: False only where the token's own text rules out that it completes a stop string.
+        """Cheap and remembered: False only if the token's own text rules out that it completes a stop string.
 
-        Nothing is ruled out where that text depends on the neighbours: spaces that lead, characters of several bytes.
+        Nothing is ruled out if that text depends on its neighbours: spaces that lead, characters of several bytes.
         """
         if token_id not in self._may_complete:
             text = self._decode([token_id])

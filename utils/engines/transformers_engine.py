@@ -20,7 +20,7 @@ from utils.records import Prompt, Rollout, Sampling
 def sample_tokens(
     logits: torch.Tensor, uniforms: torch.Tensor, temperature: float, top_p: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sample a token a row by inverting the cumulative distribution at a uniform number of the row's own.
+    """Inverse-CDF sampling: one token per row, with one uniform number per row.
 
     `logits` (B, V) float32, -inf where forbidden; `uniforms` (B,) float64 in [0, 1). Returns token ids (B,) and their
     log-probs (B,) under the distribution sampled from: after temperature and top-p. Temperature 0 takes the likeliest
@@ -100,7 +100,7 @@ class TransformersEngine:
         return {}
 
     def sleep(self) -> dict[str, float]:
-        """There is nothing to give back: the weights are the policy's, the cache lives for one batch."""
+        """Gives nothing back: the weights are the policy's, and the cache lasts for one batch."""
         return {}
 
     def close(self) -> None:
@@ -114,7 +114,7 @@ class TransformersEngine:
         advance: Callable[[int], None],
         should_stop: Callable[[], bool],
     ) -> list[Rollout]:
-        """One rollout per request (prompt, seed), or none if `should_stop` says yes; `advance(n)` when n more ended."""
+        """One rollout per request (prompt, seed); none if `should_stop` returns True. `advance(n)`: n more ended."""
         sampling, device = self.sampling, self._model.device
         uniforms = torch.stack([uniform_numbers(request_seed, sampling.max_tokens) for _, request_seed in requests])
         uniforms = uniforms.to(device)

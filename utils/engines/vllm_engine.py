@@ -60,7 +60,7 @@ class VllmEngine:
         label: str = "rollouts",
         should_stop: Callable[[], bool] = lambda: False,
     ) -> list[Rollout]:
-        """See `utils.records.RolloutEngine`. One request a prompt, so that its n responses share the prefill.
+        """See `utils.records.RolloutEngine`. One request per prompt, so that its n responses share the prefill.
 
         Raises RuntimeError if a log-prob is not finite.
         """
@@ -113,7 +113,7 @@ class VllmEngine:
         return {"push_gb": sum(pushed.values()) / GB}
 
     def sleep(self) -> dict[str, float]:
-        """Give weights and cache back until `update_weights`; GB freed. Does nothing where there is no sleep."""
+        """Free weights and cache until `update_weights`; returns the GB freed. Does nothing without sleep mode."""
         assert self._llm is not None, "the engine is closed"
         if self._sleep_level is None or self._asleep:
             return {}

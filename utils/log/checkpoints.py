@@ -44,7 +44,7 @@ def check_checkpoints(folder: Path) -> None:
 
 
 def check_checkpoint(checkpoint: Path) -> None:
-    """Raise DamagedCheckpoint for a file that is missing, cut off or empty, as far as its outside shows it."""
+    """Raise DamagedCheckpoint for a file that is missing, cut off or empty, as far as names and sizes show."""
     missing = [name for name in NEEDED if not (checkpoint / name).is_file()]
     if not any(checkpoint.glob(WEIGHTS)):
         missing.append("model.safetensors")

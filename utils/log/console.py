@@ -65,7 +65,7 @@ class TrainingConsole:
 
 def _worth_showing(metrics: Mapping[str, float]) -> dict[str, float]:
     """The metrics of a step with the share of groups that have a signal. On-policy the loss is left out: advantages
-    add up to 0 within a group, and so does the loss, whatever is learnt."""
+    add up to 0 within a group, and so does the loss, whatever the policy learns."""
     shown = dict(metrics)
     if "train/frac_zero_std_groups" in metrics:
         shown[SIGNAL] = 1 - metrics["train/frac_zero_std_groups"]

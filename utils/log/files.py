@@ -51,7 +51,7 @@ def encode_row(row: Row) -> str:
 
 
 def read_rows(path: Path) -> tuple[list[Row], list[str]]:
-    """The rows of a JSONL file, and a complaint for each line that isn't one (say, cut off by a crash).
+    """The rows of a JSONL file, and a complaint for each line that isn't a row (say, cut off by a crash).
 
     JSON is strict here: a line with NaN, Infinity or a number as large as 1e999 is no row, because other readers, such
     as a browser, cannot read it.

@@ -48,8 +48,8 @@ METRICS: dict[str, str] = {
     "train/entropy": "mean entropy of the next-token predictions, over trained tokens, nats",
     "train/mean_ratio": "mean ratio of policy to old probability, over trained tokens. On-policy it is 1",
     "train/clip_fraction": "share of trained tokens for which clipping changed the objective",
-    "train/sampler_kl": "KL(sampler || trainer), nats, averaged over trained tokens. Its estimator is r - 1 - log r, where "
-    "r is the trainer's probability over the sampler's. "
+    "train/sampler_kl": "KL(sampler || trainer), nats, averaged over trained tokens. Its estimator is r - 1 - log r, "
+    "where r is the trainer's probability over the sampler's. "
     "Losses with a ratio: all optimizer steps. Other losses: the first step only. If that step trains nothing: one of "
     "its microbatches",
     "train/reference_kl": "KL(policy || reference) by `kl_estimator`, averaged over trained tokens, nats",

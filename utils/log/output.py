@@ -1,4 +1,4 @@
-"""May an output path be written? The one place that says no, and a process's claim on the folder of a run."""
+"""Whether an output path can be written, decided only here, and a process's claim on a run folder."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ class ProgressBar:
 def progress_bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
     """Yields advance(n): call it when n more are done. The bar appears after `DELAY` and vanishes at the end.
 
-    Without a terminal, as in a log, a line per `LINE_INTERVAL` tells how far it is.
+    Without a terminal, as in a log, a line per `LINE_INTERVAL` shows the progress.
     """
     with ProgressBar(label, total, delay=DELAY) as bar:
         done, started = 0, time.monotonic()

@@ -20,7 +20,7 @@ def rollout_rows(
     group_size: int = 1,
     chosen: Sequence[int] | None = None,
 ) -> Iterator[Row]:
-    """The rows of the `chosen` groups, None: of all. Rollouts of one prompt are `group_size` side by side.
+    """The rows of the `chosen` groups (None: all groups). Rollouts of one prompt are `group_size` side by side.
 
     Rows of one split, step and `group` belong together: they answer the same prompt.
     """
@@ -48,8 +48,8 @@ def rollout_rows(
 def choose_groups(split: str, grpo_step: int, n_rollouts: int, group_size: int, n: int) -> list[int]:
     """The groups that n rollouts fill, the last one made whole.
 
-    The choice depends on split, step and number alone: no generator is drawn from, and a repeat chooses alike. The
-    split "eval" has the same problems at every step.
+    The choice depends only on split, step and number: no random generator is used, and a repeat chooses the same
+    groups. The split "eval" has the same problems at every step.
     """
     n_groups, wanted = n_rollouts // group_size, -(-n // group_size)
     seed = derive_seed(0, f"logging/{split}", 0 if split == "eval" else grpo_step)

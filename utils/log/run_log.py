@@ -147,7 +147,7 @@ class RunLog:
         self._console.close()
 
     def warn(self, text: str) -> None:
-        """Print a warning and keep it in warnings.jsonl, unless the disk is full: then it is on the console alone."""
+        """Print a warning and keep it in warnings.jsonl; if the disk is full, it is only printed."""
         self._console.line(f"warning: {text}", style="yellow")
         row = {"grpo_step": self._grpo_step, "time": round(self.time, 3), "warning": text}
         with contextlib.suppress(OSError), (self._output_dir / WARNINGS_FILE).open("a") as file:

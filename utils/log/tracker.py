@@ -11,7 +11,7 @@ TRACKER_TIMEOUT = 30.0  # seconds that a dead network may cost at the start of a
 
 
 class NullTracker:
-    """Stands in for a tracker that is off, or that has failed."""
+    """Replaces a tracker that is off or has failed."""
 
     offline_because = ""
     is_offline = False

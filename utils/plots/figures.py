@@ -39,7 +39,7 @@ def draw_figure(
 
     `columns` maps a heading to runs ("ours", "published"). Two headings of few settings share panels, a colour per
     heading; with more settings each heading has its own column, and settings of the same (short) name look the same.
-    `metrics` are the panels, by default those of DEFAULT_METRICS that every heading has. `window` is that of
+    `metrics` are the panels, by default those in DEFAULT_METRICS that every heading has. `window` is that of
     `train/*` curves' running median, in points. `labels` renames runs. Raises ValueError if nothing can be drawn.
     """
     if axis not in AXES:

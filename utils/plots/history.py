@@ -127,7 +127,7 @@ def load_run(folder: Path) -> tuple[Run, list[str]]:
 
 
 def curves_from_rows(rows: Iterable[Row]) -> dict[str, dict[int, Point]]:
-    """Rows of metrics.jsonl as curves. Of a step that was written twice, the later row counts."""
+    """Rows of metrics.jsonl as curves. If a step was written twice, the later row counts."""
     curves: dict[str, dict[int, Point]] = {}
     optimizer_steps = {0: 0}
     for row in rows:

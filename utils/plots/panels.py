@@ -1,4 +1,4 @@
-"""One panel of a figure: the curves of several settings in one metric, and the scale that they are read on."""
+"""One panel of a figure: the curves of several settings in one metric, and their scale."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def x_axis(name: str, runs: Sequence[Run]) -> XAxis:
 
 @dataclass
 class Drawn:
-    """What a panel holds: where each setting's curve ends, and what its scale is chosen by."""
+    """What a panel holds: where each setting's curve ends, and the values that its scale depends on."""
 
     ends: dict[str, float]
     levels: list[float]  # all values of the curves, smoothed

@@ -48,7 +48,7 @@ class Summary:
 
 
 def estimate(values: Sequence[float]) -> Estimate | None:
-    """Mean and standard error of one value per seed; None of no value.
+    """Mean and standard error of one value per seed; None without values.
 
     The standard error is the sample's standard deviation over the root of the number of values.
     """

@@ -60,7 +60,7 @@ def describe_run(
 
 
 def notes(config: Config, prompt: LongestPrompt) -> Iterator[str]:
-    """What is allowed, and yet may not be what was meant."""
+    """What is allowed but may not be what the user meant."""
     t, model_path = config.training, config.paths.model_path
     if t.top_p < 1.0:
         yield "the trainer's log-probs ignore top_p, unlike the sampler's: train/sampler_kl shows the difference"

@@ -16,8 +16,8 @@ SIZE_IN_NAME = re.compile(r"(?<![\d.])(\d+(?:\.\d+)?)\s*([bm])(?![a-z])", re.IGN
 
 
 def is_local(model_path: str) -> bool:
-    """True if the model path is a folder here. `owner/name` is a name on the hub unless a folder `owner` exists: then
-    it is a folder's name with a slip in it, such as `data/tiny_modle`."""
+    """True if the model path means a local folder. `owner/name` counts as a hub name unless a folder `owner` exists:
+    then it is a mistyped folder, such as `data/tiny_modle`."""
     path = Path(model_path)
     beside_others = len(path.parts) == 2 and path.parent.is_dir()
     return model_path.startswith((".", "/", "~")) or model_path.count("/") > 1 or path.exists() or beside_others

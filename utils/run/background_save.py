@@ -60,7 +60,7 @@ def to_host(tree: Any) -> Any:
 class BackgroundSaver:
     """Writes one checkpoint at a time in a thread; a save that begins first waits for the one before.
 
-    How `Checkpoints` writes does not change, so a kill at any instant leaves what it always left.
+    How `Checkpoints` writes does not change, so every checkpoint is whole after a kill at any instant.
     """
 
     def __init__(self, checkpoints: Checkpoints) -> None:
@@ -97,13 +97,13 @@ class BackgroundSaver:
         return self._thread is not None and self._thread.is_alive()
 
     def settle(self) -> None:
-        """Wait until nothing is written any more."""
+        """Wait until nothing is being written."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
 
     def wait(self) -> SaveFailure | None:
-        """`settle`; returns how the last save failed, if it did. Raises what else went wrong in it."""
+        """`settle`, then return how the last save failed, or None. Raises any other exception of the save."""
         self.settle()
         if self._error is not None:
             error, self._error = self._error, None

@@ -56,12 +56,12 @@ def build_run(
     limit: TimeLimit,
     first_lines: Sequence[str] = (),
 ) -> Run:
-    """Everything that `train` needs, from the newest checkpoint in `output_dir` where `resume`.
+    """Everything that `train` needs, from the newest checkpoint in `output_dir` if `resume`.
 
     `first_lines` are shown as the log opens.
 
-    Raises ValueError for what the user can mend: a model that does not load, a folder that holds a run, a changed
-    config. Then the output folder is as it was before.
+    Raises ValueError for what the user can fix: a model that does not load, a folder that holds a run, a changed
+    config. The output folder is then as it was before.
     """
     device = config.training.device
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -155,7 +155,7 @@ def try_own_code(config: Config) -> None:
 
 
 def notes_on_policy(policy: PreTrainedModel, training: Training) -> list[str]:
-    """What a model takes more time or memory for than others, because of what it is built of."""
+    """Which parts of this model make training slower or take more memory than usual."""
     notes, name = [], type(policy).__name__
     if training.use_packing and not is_packable(policy):
         notes.append(
@@ -171,14 +171,14 @@ def notes_on_policy(policy: PreTrainedModel, training: Training) -> list[str]:
 
 
 def find_checkpoint(config: Config, resume: bool, allow_changes: bool) -> Path | None:
-    """The checkpoint to go on from, None to begin. Raises ConfigError where the folder's run forbids either."""
+    """The checkpoint to resume from, or None to begin. Raises ConfigError if the folder's run forbids it."""
     refuse(output_obstacles(config, resume, allow_changes))  # asked before; another process may have come since
     checkpoints = Path(config.paths.output_dir) / "checkpoints"
     return Checkpoints(checkpoints, config.training.checkpoint_keep).newest() if resume else None
 
 
 def load_prompts(config: Config, path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Prompt], list[str]]:
-    """The prompts of a data file, and what is to be said about rows that were left out."""
+    """The prompts of a data file, and a note about rows that were left out, if any."""
     t = config.training
     longest = t.max_prompt_tokens
     if longest is None:
@@ -196,7 +196,7 @@ def load_prompts(config: Config, path: str, tokenizer: PreTrainedTokenizerBase) 
 
 
 def open_log(config: Config, resume: bool, state: TrainState, engine_name: str, notes: list[str]) -> RunLog:
-    """Open the run's log; write down its config, and what it runs on; say where it stands and what is worth knowing."""
+    """Save the config and this launch, open the run's log, and print how far the run has come and the notes."""
     t, output_dir = config.training, Path(config.paths.output_dir)
     held_run = holds_run(output_dir)
     own = digests(name for names in own_code(config).values() for name in names)
@@ -224,7 +224,7 @@ def open_log(config: Config, resume: bool, state: TrainState, engine_name: str, 
 
 
 def what_resume_found(output_dir: Path, grpo_step: int, n_grpo_steps: int, held_run: bool = True) -> str:
-    """A line about where the run in the folder stood."""
+    """A line about how far the run in the folder had come."""
     if grpo_step == 0:
         if not held_run:
             return f"--resume: {output_dir} held NO RUN: a new one starts from the beginning; check paths.output_dir"

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent, and all that a run needs to go on as though it had never stopped.
+"""Checkpoints that are whole or absent, with everything that a run needs to continue as if it had never stopped.
 
 A checkpoint is a folder that `AutoModelForCausalLM` and `AutoTokenizer` load, with the trainer's own state beside the
 model: `trainer_state.json` and `optimizer.pt`. It is written under another name, flushed to the disk and renamed, so a
@@ -92,11 +92,11 @@ class Checkpoints:
         return saved_checkpoints(self.folder)
 
     def newest(self) -> Path | None:
-        """The newest checkpoint; None if there is none yet."""
+        """The newest checkpoint, or None."""
         return next(reversed(self.steps()), None)
 
     def best(self) -> Path | None:
-        """The newest checkpoint that was the best so far when it was saved; None if there is none."""
+        """The newest checkpoint that was the best so far when it was saved, or None."""
         return next((path for path in reversed(self.steps()) if path.name in self._best_names), None)
 
     def save(
@@ -107,7 +107,7 @@ class Checkpoints:
         optimizer: torch.optim.Optimizer,
         is_best: bool = False,
     ) -> SaveFailure | None:
-        """Save, then remove what is no longer kept; returns what went wrong if the disk refused, else None.
+        """Save, then remove older checkpoints beyond `keep`; returns the failure if the disk refused, else None.
 
         If the step has a checkpoint already, it has the same weights. Then only its state file is written anew, with
         what an evaluation has added since.

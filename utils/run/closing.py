@@ -1,4 +1,4 @@
-"""The last lines of a run: its files, and what people usually do next."""
+"""The last lines of a run: its files, and commands that people usually try next."""
 
 from __future__ import annotations
 

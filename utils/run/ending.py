@@ -27,7 +27,7 @@ class Status(IntEnum):
 
 
 class SignalHandler:
-    """Has signals handled by `on_signal`. A context manager: the handlers from before come back at its end.
+    """Handles signals by `on_signal`. A context manager: at its end it restores the earlier handlers.
 
     SIGHUP, which a closed terminal sends, is left alone if it is ignored at the start: then `nohup` asked for that.
     """
@@ -94,7 +94,7 @@ class StopRequest(SignalHandler):
 
 
 def leave_lost_terminal() -> None:
-    """Put /dev/null in place of a terminal that is gone: writing to it would be an error, in the middle of a save."""
+    """Replace a terminal that is gone by /dev/null: writing to it would fail, perhaps in the middle of a save."""
     for descriptor in (1, 2):
         with contextlib.suppress(OSError):
             if stat.S_ISCHR(os.fstat(descriptor).st_mode) and not os.isatty(descriptor):

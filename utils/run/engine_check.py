@@ -52,7 +52,7 @@ def tolerance_of(config: Config) -> float:
 class EngineCheck:
     """Compares the engine's log-probs with the trainer's after the first push, and every `vllm.check_interval` steps.
 
-    The transformers engine samples from the policy itself, so it is not asked.
+    The transformers engine samples from the policy itself, so it is not checked.
     """
 
     def __init__(self, config: Config) -> None:
@@ -81,7 +81,7 @@ def compare_log_probs(
 ) -> dict[str, float]:
     """Compare log-probs on a few of these rollouts, sampled by `engine` at its own temperature from `policy` as it is.
 
-    Tokens before `min_tokens` are left out: there the engine forbids the end ids, of which the trainer knows nothing.
+    Tokens before `min_tokens` are left out: there the engine forbids the end ids, and the trainer does not.
     Returns the mean and the largest difference in nats. Raises EngineOutOfStep where the mean is above the tolerance.
     """
     step = max(1, len(rollouts) // N_ROLLOUTS)

@@ -1,4 +1,4 @@
-"""Score a fixed problem set through any engine, and say in numbers how responses did."""
+"""Score a fixed problem set through any engine, and summarize the responses in metrics."""
 
 from __future__ import annotations
 

@@ -156,7 +156,7 @@ class CollapseGuard(Watcher):
         return Verdict(reason, {name: series[-1][1] for name, series in self.series.items() if series})
 
     def suspects(self, grpo_step: int, metrics: Mapping[str, float]) -> bool:
-        """Whether `observe` would give a verdict for these metrics, which it has yet to be given.
+        """Whether `observe`, which is called later, would give a verdict for these metrics.
 
         The caller may evaluate first: a good evaluation clears a run that was suspected by its lengths.
         """

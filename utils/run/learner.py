@@ -1,4 +1,4 @@
-"""What a GRPO step needs, apart from what keeps a run going around it."""
+"""What a GRPO step needs. What surrounds a step is in `run.py`."""
 
 from __future__ import annotations
 

@@ -35,14 +35,14 @@ class Look:
 
     @property
     def n_groups_with_signal(self) -> int:
-        """Groups whose rewards differ: only these have advantages other than 0. Of a loss that reads raw rewards, and
-        of groups of 1, those with a reward other than 0."""
+        """Groups whose rewards differ: only these have advantages other than 0. For a loss that reads raw rewards, and
+        for groups of 1: groups with a reward other than 0."""
         raw = self.training.loss_type in LOSSES_WITHOUT_BASELINE or self.training.group_size == 1
         values = [{reward.total for reward in group} for group in self.groups]
         return sum(totals != {0.0} if raw else len(totals) > 1 for totals in values)
 
     def warning(self) -> str | None:
-        """What should be known before a step is taken: no group that was looked at could teach anything."""
+        """A warning if no sampled group could teach anything; else None."""
         if self.n_groups_with_signal:
             return None
         equal = f"none of {len(self.groups)} groups of {self.training.group_size} responses has a signal"
@@ -65,7 +65,7 @@ class Look:
             yield from self.response_lines(i)
 
     def counts(self) -> dict[str, int]:
-        """How many responses, or groups, are as the name says."""
+        """Name -> how many responses, or groups, it describes."""
         truncated = sum(rollout.truncated for rollout in self.rollouts)
         return {
             "right answer": sum(reward.answer > 0 for reward in self.rewards),
@@ -76,7 +76,7 @@ class Look:
         }
 
     def why_zero(self) -> str | None:
-        """How many responses have no reward for which reason, each counted once; None if all have one."""
+        """How many responses have no reward, by reason, each counted once; None if all have a reward."""
         pairs = zip(self.rollouts, self.rewards, strict=True)
         reasons = Counter(reason for pair in pairs if (reason := self.reason(*pair)) is not None)
         if not reasons:
@@ -99,7 +99,7 @@ class Look:
         return f"with all that {name} looks for, but not as it asks" if self.scorer.needs else f"scored so by {name}"
 
     def examples(self) -> list[int]:
-        """One response with a reward and one without, where there are both; else the first of two groups."""
+        """One response with a reward and one without; if not both exist, the first of two groups."""
         by_outcome = {self.rewards[i].total > 0: i for i in reversed(range(len(self.rewards)))}
         if len(by_outcome) == 2:
             return sorted(by_outcome.values())

@@ -28,7 +28,7 @@ class MemoryTracker:
             self._reset()
 
     def start(self) -> None:
-        """Forget the peak so far: what comes before a phase is not the phase's."""
+        """Forget the peak so far, so that a phase is not charged for what came before it."""
         if self.enabled:
             self._reset()
 
@@ -42,7 +42,7 @@ class MemoryTracker:
         return peak
 
     def report(self) -> dict[str, int]:
-        """Bytes by name, in the order first marked, and begin anew. Empty where tracking is off."""
+        """Bytes by name, in the order first marked; then start over. Empty if tracking is off."""
         peaks, self.peaks = self.peaks, {}
         return peaks
 
@@ -67,7 +67,8 @@ class MemoryTracker:
 def peak_memory_metrics(peaks: dict[str, int], asleep_gb: float = 0.0) -> dict[str, float]:
     """Peak bytes by phase -> `peak_memory_gb`, the largest, and one metric per phase; GB of 10^9 bytes.
 
-    `asleep_gb` is what vLLM gave back while it slept: it unmaps that behind torch's allocator, which counts it on.
+    `asleep_gb` is what vLLM gave back while it slept: torch's allocator does not notice
+    this, and still counts it.
     """
     by_phase = {
         f"{phase}_peak_memory_gb": peak / 1e9 - (asleep_gb if phase in PHASES_ASLEEP else 0.0)

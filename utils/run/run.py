@@ -37,7 +37,7 @@ from utils.seeding import capture_random_state, derive_seed
 class Run:
     """What keeps a run going around its steps, and `state`, where it is between two of them.
 
-    `state` is replaced as a whole when a step is done, so that a step which is given up half-way leaves no trace in it.
+    `state` is replaced as a whole when a step is done, so that an abandoned step leaves no trace in it.
     """
 
     config: Config
@@ -61,7 +61,7 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Close everything. A run that an exception ends says where it can be resumed from; nothing more is saved."""
+        """Close everything. If an exception ended the run, say where it can be resumed from; nothing more is saved."""
         if error is not None:
             self.saver.settle()
             if not isinstance(error, CannotWrite):  # which `main` reports
@@ -74,7 +74,7 @@ class Run:
         self.lock.close()
 
     def end(self, status: Status) -> Status:
-        """Say how the run ended, where what it made is, and what to do next; closes the log."""
+        """Print how the run ended, where its files are, and what to do next; closes the log."""
         t, output_dir = self.config.training, Path(self.config.paths.output_dir)
         narrow = "" if t.dtype == "float32" else "too narrow a dtype (try training.dtype=float32), "
         name, detail = {
@@ -111,11 +111,11 @@ class Run:
         return self.stop_request.requested
 
     def check_engine(self, rollouts: Sequence[Rollout]) -> None:
-        """Did the engine sample from the policy's weights? Asked now and then; raises EngineOutOfStep."""
+        """Compare the engine's log-probs with the trainer's, if a check is due. Raises EngineOutOfStep."""
         self.meter.add(self.engine_check.if_due(self.learner, rollouts, self.state.steps_done))
 
     def finish_step(self, groups: GroupCollector, batch: TrainBatch, update: UpdateResult) -> None:
-        """Log a GRPO step that is done, look for trouble in its figures, and make its outcome the run's state."""
+        """Log a finished GRPO step, check its metrics for trouble, and update the run's state."""
         t, step = self.config.training, self.state.steps_done + 1
         optimizer_step = self.state.optimizer_step + update.n_optimizer_steps
         rollouts, rewards = groups.rollouts, groups.rewards
@@ -216,7 +216,7 @@ class Run:
         self.saver.begin(self.state, learner.policy, learner.tokenizer, learner.optimizer, is_best)
 
     def _hear_of_the_last_save(self) -> SaveFailure | None:
-        """Wait for it, and note how long it took; a failure is a warning, one per step."""
+        """Wait for the last save and record how long it took; a failure becomes a warning, once per step."""
         failure = self.saver.wait()
         if failure is not None and failure.grpo_step != self.told_of_failure:
             self.told_of_failure = failure.grpo_step
@@ -227,7 +227,7 @@ class Run:
         return failure
 
     def reason_to_end(self) -> Status | None:
-        """How the run ends here, its last state saved; None if it goes on."""
+        """The status to end with, once the state is saved; None if the run continues."""
         t = self.config.training
         status = None
         if self.should_stop():
@@ -248,12 +248,12 @@ class Run:
         return status if self._hear_of_the_last_save() is None else Status.ERROR
 
     def _grading_metrics(self) -> dict[str, float]:
-        """What the grader has counted since it was last asked."""
+        """What the grader has counted since the last call."""
         counts = self.learner.scorer.grader.drain_counters()
         return {f"grader_{name}": float(count) for name, count in counts.items()}
 
     def _compare_with_estimate(self, measured_gb: float) -> None:
-        """Put the measured peak of the inner steps beside what --dry-run would have said, on a GPU."""
+        """On a GPU, compare the measured peak of the inner steps with the estimate of --dry-run."""
         if self.config.training.device.startswith("cuda"):
             try:
                 estimate = f"{estimated_memory(self.config)['training_peak'] / 1e9:.2f} GB"
@@ -262,7 +262,7 @@ class Run:
             self.log.note(f"peak memory while training: {measured_gb:.2f} GB; the longest case, estimated: {estimate}")
 
     def how_to_resume(self) -> str:
-        """What there is to go on from after a run that ended without a save."""
+        """How to resume after a run that ended without a save."""
         newest = self.checkpoints.newest()
         if newest is None:
             return "No checkpoint was saved yet: --resume begins anew"
@@ -279,7 +279,7 @@ class Run:
         batch: TrainBatch,
         update: UpdateResult,
     ) -> None:
-        """Warn of optimizer steps that were skipped, and write down the rollouts whose numbers were non-finite."""
+        """Warn about skipped optimizer steps, and log the rollouts whose numbers were not finite."""
         if not any(update.skipped):
             return
         rows = sorted(set(update.nonfinite_rows))

@@ -35,11 +35,11 @@ class StepMeter:
         self._memory.mark(name)
 
     def add(self, metrics: Mapping[str, float]) -> None:
-        """Put figures that another part reports beside these."""
+        """Add figures that another part reports."""
         self._metrics |= metrics
 
     def finish(self, n_tokens: int) -> dict[str, float]:
-        """All figures of the step, in which `n_tokens` were sampled."""
+        """End the step, in which `n_tokens` were sampled; returns all its figures."""
         seconds = time.perf_counter() - self._started
         peaks = peak_memory_metrics(self._memory.report(), self._metrics.get("sleep_freed_gb", 0.0))
         return {**self._metrics, **peaks, "step_dt": seconds, "tokens_per_second": n_tokens / seconds}

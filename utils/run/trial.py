@@ -1,4 +1,4 @@
-"""A longest-case microbatch before the first step: a run that would run out of memory at step 120 does so at once."""
+"""A longest-case microbatch before the first step: a run that would run out of memory at step 120 fails at once."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ KNOBS = (
 
 
 def try_longest_microbatch(policy: torch.nn.Module, training: Training, longest_prompt: int) -> None:
-    """Forward and backward of the largest microbatch that can come; weights and random states stay as they are.
+    """Forward and backward of the largest possible microbatch; weights and random states stay as they are.
 
     A dummy block stands in for the optimizer state, which is allocated only at the first step. Gradients are there from
-    the beginning, as in every microbatch but the first. Raises ValueError if memory runs out, with what is free and the
-    knobs.
+    the beginning, as in every microbatch but the first. Raises ValueError if memory runs out, with the free memory
+    and the fields to change.
     """
     device = next(policy.parameters()).device
     length = longest_prompt + training.max_tokens

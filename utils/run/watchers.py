@@ -1,4 +1,4 @@
-"""Guard and advisor of a run, side by side: what they say is shown, and the guard's last verdict kept."""
+"""The guard and advisor of a run: their warnings are shown, and the guard's last verdict is kept."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Watchers:
         return self._is_on and self._guard.suspects(step, metrics)
 
     def observe(self, step: int, metrics: Mapping[str, float], log: RunLog) -> None:
-        """Show what is worth knowing about the metrics of a GRPO step, under the names that they are logged by."""
+        """Show warnings about the metrics of a GRPO step, which have the names that they are logged by."""
         for advice in self._advisor.observe(step, metrics):
             log.warn(advice)
         verdict = self._guard.observe(step, metrics) if self._is_on else None
@@ -36,7 +36,7 @@ class Watchers:
 
     @property
     def want_to_stop(self) -> bool:
-        """Whether the run has collapsed, and is to end because of it."""
+        """Whether the run has collapsed and should end because of it."""
         return self._may_stop and self.verdict is not None
 
     def state_dict(self) -> dict[str, dict]:
