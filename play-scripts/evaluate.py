@@ -6,7 +6,7 @@
 
 Prompt, reward function, engine and sampling come from the config: --config, or the config.yaml of the run that the
 checkpoint lies in. For one data file it prints mean reward, pass@k and maj@k (is the answer that most of k samples give
-right?), each with its standard error over problems, the split by level and subject where the data has them, and how
+right?), each with its standard error over problems, the split by level and subject if the data has them, and how
 many answers were wrong in which way. Several data files become one table.
 
 --output is a folder: it gets the figures as figures.json, and every response in rollouts.jsonl, which

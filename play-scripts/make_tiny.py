@@ -5,8 +5,8 @@
 writes data/tiny/: train.jsonl and validation.jsonl, sums of two numbers up to 49, where no pair of numbers is on both
 sides; demonstrations.jsonl, responses to the training problems, many of them wrong or malformed on purpose; and model/,
 a checkpoint that SFT warmed up on these demonstrations, from random weights. Validation problems are in none of them.
-It takes about a minute on one core. The same options give the same files on the same machine; where they are already
-there nothing is done.
+It takes about a minute on one core. The same options give the same files on the same machine; if they already
+exist, nothing is done.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TEMPLATE = Path(__file__).parents[1] / "data" / "tiny.prompt"
 
 
 def make(options: argparse.Namespace) -> None:
-    """Build the folder, unless it is there already; a folder of that name is always whole."""
+    """Build the folder, unless it exists; a folder of that name is always whole."""
     check_options(options)
     output = Path(options.output)
     if is_there(output, recipe(options), options.force):

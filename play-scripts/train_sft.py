@@ -158,14 +158,14 @@ def build_parser() -> argparse.ArgumentParser:
     add("--max-grad-norm", type=float, default=1.0, help="clip the total gradient norm to this (1.0)")
     add("--max-tokens", type=int, default=2048, help="leave out, and count, longer demonstrations (2048)")
     add("--seed", type=int, default=1337, help="seed of the order of the demonstrations (1337)")
-    add("--device", help="cuda:0, cpu, ...; without it the first GPU, where there is one")
+    add("--device", help="cuda:0, cpu, ...; without it the first GPU, or the CPU if there is no GPU")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="dtype of weights and optimizer (float32)")
     add("--use-gradient-checkpointing", action="store_true", help="recompute activations, which saves memory")
     return parser
 
 
 def run_command(parser: argparse.ArgumentParser, command: Callable[[argparse.Namespace], None]) -> Status:
-    """Do what the command line asks for; a user's mistake is one line and an exit status of its own."""
+    """Do what the command line asks for; a user's mistake is one line and its own exit status."""
     try:
         command(parser.parse_args())
     except ValueError as error:

@@ -37,7 +37,7 @@ def hardware(device: str) -> str:
 
 
 def wait_for(device: torch.device) -> None:
-    """Return when the device has done all that it was asked to."""
+    """Wait until the device has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -1,4 +1,4 @@
-"""What the step's benchmark is asked for: its options, its variants, its config."""
+"""The step's benchmark: its options, its variants, its config."""
 
 from __future__ import annotations
 
