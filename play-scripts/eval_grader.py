@@ -84,7 +84,7 @@ class MathVerify:
 
 INTRODUCTION = """# The grader beside Math-Verify
 
-Labelled answers, graded by `utils/rewards/grader.py` and by Math-Verify alone, whose parser ours stands on. "Right" is
+Labelled answers, graded by `utils/rewards/grader.py` and by Math-Verify alone, whose parser ours uses. "Right" is
 the share of answers that got the verdict that they deserve; an accepted wrong answer is what a policy learns to write.
 The groups `math_*` are answers to MATH problems: the same one, another problem's, the same value written otherwise, or
 one that is close and wrong. `pairs`, `probes` and the hostile answers are third parties' data and are not in this

@@ -4,7 +4,7 @@
     python play-scripts/bench/gpu_report.py --tiny         # every stage with a tiny model on the CPU, in minutes
 
 Nothing is downloaded: the model has the shape of Qwen2.5-Math-1.5B and random weights, unless --model names another.
-Each stage runs in a process of its own, in order of worth, and is written to OUTPUT/README.md as it ends, so that ten
+Each stage runs in its own process, the most useful first, and is written to OUTPUT/README.md as it ends, so that ten
 minutes on a card give most of it. What fails is written there too, and the next stage begins.
 """
 

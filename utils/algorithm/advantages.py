@@ -22,7 +22,7 @@ def leave_one_out(groups: Tensor, training: Training) -> Tensor:
 
 
 def maximum_likelihood(groups: Tensor, training: Training) -> Tensor:
-    """(R - mean(group)) / (mean(group) + `advantage_eps`), 0 where no response is right: MaxRL (arXiv:2602.02710).
+    """(R - mean(group)) / (mean(group) + `advantage_eps`), 0 if no response is right: MaxRL (arXiv:2602.02710).
 
     Expects rewards of 0 or more. The fewer responses are right, the more a right one counts.
     """

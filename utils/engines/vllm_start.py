@@ -35,7 +35,7 @@ def start_vllm(config: Config, policy: PreTrainedModel, vocabulary_size: int, lo
     """An engine of the policy's shape with random weights: nothing is read from disk that a push would replace.
 
     `vocabulary_size` is the tokenizer's. Where the model pads its vocabulary beyond that, the engine's ends there, so
-    that no such id can be sampled. Raises ValueError where a knob can't work, RuntimeError where vLLM fails to start.
+    that no such id can be sampled. Raises ValueError if a knob can't work, RuntimeError if vLLM fails to start.
     """
     max_model_len = check_knobs(config, policy, longest_prompt)
     if torch.distributed.is_initialized():  # the end of either engine would take the other's process group away
@@ -70,7 +70,7 @@ def start_vllm(config: Config, policy: PreTrainedModel, vocabulary_size: int, lo
 
 
 def check_knobs(config: Config, policy: PreTrainedModel, longest_prompt: int) -> int:
-    """The `max_model_len` to start with, tokens. Raises ValueError where a knob can't work, before vLLM starts."""
+    """The `max_model_len` to start with, tokens. Raises ValueError if a knob can't work, before vLLM starts."""
     needed = longest_prompt + config.training.max_tokens
     max_model_len = config.vllm.max_model_len or needed
     if max_model_len < needed:
@@ -104,7 +104,7 @@ def check_knobs(config: Config, policy: PreTrainedModel, longest_prompt: int) ->
 
 
 def check_host_memory(config: Config) -> None:
-    """Raise ValueError where the CPU build's cache is larger than the memory that is free."""
+    """Raise ValueError if the CPU build's cache is larger than the memory that is free."""
     available = psutil.virtual_memory().available
     if config.vllm.cpu_kv_cache_mb * MIB > available:
         raise ValueError(
@@ -195,7 +195,7 @@ def device_options(config: Config, max_model_len: int) -> dict[str, Any]:
 
 
 def check_gpu_memory(config: Config, policy: PreTrainedModel, cache: int) -> None:
-    """Raise ValueError where the weights and one sequence's cache (bytes) can't fit into vLLM's share of the GPU."""
+    """Raise ValueError if the weights and one sequence's cache (bytes) can't fit into vLLM's share of the GPU."""
     if torch.device(config.training.device).index not in (None, 0):
         raise ValueError(
             f"training.device={config.training.device}: vLLM runs on the first GPU that the process sees; set"

@@ -31,8 +31,8 @@ METRICS: dict[str, str] = {
     "eval/reward_std_error": "standard error of `eval/reward` over the problems",
     "eval/mean_response_length": "tokens per response in the evaluation",
     "eval/frac_truncated": "share of the evaluation's responses that reached `max_tokens`",
-    "train/loss": "the loss, mean over the optimizer steps of a GRPO step. On-policy it is about 0, because "
-    "advantages cancel out",
+    "train/loss": "the loss, mean over the optimizer steps of a GRPO step. With a ratio loss, on-policy, "
+    "and `normalize_mode` mean it is about 0, because advantages cancel out",
     "train/grad_norm": "total gradient norm before clipping, mean over the optimizer steps of a GRPO step",
     "train/frac_grad_clipped": "share of the optimizer steps whose gradient was clipped",
     "train/frac_trained_rollouts": "share of rollouts that went through forward and backward (`skip_zero_advantage`)",

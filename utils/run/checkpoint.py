@@ -197,7 +197,7 @@ def _write(folder: Path, state: TrainState, policy: Any, tokenizer: Any, optimiz
 
 
 def _load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
-    """Load the optimizer's saved state, but for its hyperparameters. Raises DamagedCheckpoint."""
+    """Load the optimizer's saved state, except its hyperparameters. Raises DamagedCheckpoint."""
     try:
         saved = torch.load(checkpoint / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:

@@ -82,7 +82,7 @@ def compare_log_probs(
     """Compare log-probs on a few of these rollouts, sampled by `engine` at its own temperature from `policy` as it is.
 
     Tokens before `min_tokens` are left out: there the engine forbids the end ids, and the trainer does not.
-    Returns the mean and the largest difference in nats. Raises EngineOutOfStep where the mean is above the tolerance.
+    Returns the mean and the largest difference in nats. Raises EngineOutOfStep if the mean is above the tolerance.
     """
     step = max(1, len(rollouts) // N_ROLLOUTS)
     chosen = rollouts[::step][:N_ROLLOUTS]
