@@ -69,6 +69,11 @@ class Training:
         "of all with attention_type eager",
     )
     use_compile: bool = option(False, "compile the policy's forward pass with torch.compile")
+    use_liger_kernel: bool = option(
+        True,
+        "on a GPU, use liger-kernel's fused norms, MLP and rotary embedding if it is installed"
+        "on a GPU, use liger-kernel's fused norms, MLP and rotary embedding if it is installed and knows the model",
+    )
 
     n_grpo_steps: int = option(
         10, "number of GRPO steps; each samples and trains on one rollout batch", low=1, heading="Batches and loss"

@@ -102,8 +102,8 @@ def convert(gguf_path: Path, folder: Path) -> None:
     print(f"reading {gguf_path.name}: about a minute", flush=True)
     place = {"pretrained_model_name_or_path": gguf_path.parent, "gguf_file": gguf_path.name}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(**place)
-        quantized = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(**place, trust_remote_code=False)
+        quantized = AutoModelForCausalLM.from_pretrained(**place, trust_remote_code=False, dtype=torch.float32)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{gguf_path}: cannot be read as a GGUF file: {error}; {REMEDY}") from error
     # as loaded it counts as quantized, and saving is refused; the weights themselves are float32

@@ -15,9 +15,10 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
 from configs.defaults import Config, Training
-from utils.algorithm import log_probs
+from utils.algorithm import head
 from utils.algorithm.batch import Microbatch, make_train_batch, take_microbatch
-from utils.algorithm.packing import Packing, enable_packing
+from utils.algorithm.log_probs import policy_log_probs
+from utils.algorithm.packing import KERNELS, Packing
 from utils.records import Problem, Prompt, Rollout
 
 QWEN_1_5B = {
@@ -77,8 +78,8 @@ def fake_policy(sizes: dict[str, Any], training: Training) -> PreTrainedModel:
     if training.use_gradient_checkpointing:
         policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if training.use_packing:
-        assert enable_packing(policy)
-    log_probs._plain_heads[policy] = True  # finding out looks at numbers
+        policy.set_attn_implementation(KERNELS[training.attention_type])  # trying it out looks at numbers
+    head._heads[policy] = head.Head()  # and so does this
     return policy
 
 
@@ -115,7 +116,7 @@ def count_training_peak(sizes: dict[str, Any], config: Config, optimizer_bytes: 
             parameter.grad = torch.zeros_like(parameter)
     microbatch = longest_microbatch(policy, n, prompt, t.max_tokens)
     with mode, counter:
-        found, _ = log_probs.policy_log_probs(policy, as_fake(mode, microbatch), t)
+        found, _ = policy_log_probs(policy, as_fake(mode, microbatch), t)
         found.sum().backward()
     assert state.numel() == optimizer_bytes
     return counter.peak

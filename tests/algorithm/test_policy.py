@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import sys
+import types
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +26,7 @@ from utils.algorithm.policy import (
     load_policy,
     load_tokenizer,
     product_error,
+    use_fused_kernels,
 )
 
 
@@ -192,3 +195,40 @@ def test_a_tokenizer_without_end_token_is_refused_with_the_remedy(tiny_model_dir
     shutil.copy(tiny_model_dir / "config.json", tmp_path)
     with pytest.raises(ValueError, match=r"no end token.*`eos_token` in its tokenizer_config.json"):
         load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize(("model_type", "asked"), [("qwen2", True), ("nothing", False)])
+def test_fused_kernels_leave_the_losses_out(
+    model_type: str, asked: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What liger-kernel is asked for; its kernels themselves run on a GPU alone."""
+    calls = []
+    module = types.ModuleType("liger_kernel.transformers.monkey_patch")
+    module.MODEL_TYPE_TO_APPLY_LIGER_FN = {"qwen2": None}
+    module._apply_liger_kernel_to_instance = lambda policy, **options: calls.append(options)
+    for name in ("liger_kernel", "liger_kernel.transformers"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    policy = tiny.build_model(seed=0)
+    policy.config.model_type = model_type
+    use_fused_kernels(policy)
+    assert bool(calls) == asked
+    assert ("does not know nothing" in capsys.readouterr().err) != asked
+    for options in calls:
+        assert options["rms_norm"] and options["swiglu"] and options["rope"]
+        assert not options["cross_entropy"] and not options["fused_linear_cross_entropy"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("use_packing", [True, False])
+def test_fused_kernels_change_nothing_beyond_rounding(tiny_model_dir: Path, use_packing: bool) -> None:
+    pytest.importorskip("liger_kernel")
+    ends = []
+    for use_liger_kernel in (True, False):
+        training = replace(ON_POLICY, device="cuda:0", use_liger_kernel=use_liger_kernel, use_packing=use_packing)
+        policy = load_policy(str(tiny_model_dir), training)
+        optimizer = torch.optim.SGD(policy.parameters(), lr=1e-2)
+        update_policy(policy, optimizer, make_batch(), training, 0)
+        ends.append(torch.cat([p.detach().flatten() for p in policy.parameters()]))
+    torch.testing.assert_close(ends[0], ends[1], atol=1e-5, rtol=1e-4)

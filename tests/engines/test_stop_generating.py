@@ -61,12 +61,12 @@ def test_a_signal_ends_a_generation_at_the_next_token(world: Path, tmp_path: Pat
     undisturbed, output = tmp_path / "undisturbed", tmp_path / "run"
     status, asked = train(engine, arguments(world, undisturbed))
     assert status == Status.FINISHED
-    assert len(asked) == 7  # evaluations after 0, 2 and 4 steps, and four steps' rollouts
+    assert len(asked) == 8  # a look, evaluations after 0, 2 and 4 steps, and four steps' rollouts
     assert min(asked) > 8
 
     options = arguments(world, output)
     # the generation of its process in which it is stopped, and the steps that are then done
-    for generation, steps in ((3, [1]), (2, [1, 2])):
+    for generation, steps in ((4, [1]), (2, [1, 2])):
         status, asked = train(engine, options, generation, token=5)
         assert status == Status.STOPPED_BY_SIGNAL
         assert (len(asked), asked[-1]) == (generation, 5)

@@ -388,7 +388,7 @@ def test_progress_is_shown_only_when_it_takes_long(monkeypatch: pytest.MonkeyPat
     for delay, expected in ((1000.0, False), (-1.0, True)):
         shown = io.StringIO()
         monkeypatch.setattr(progress, "DELAY", delay)
-        monkeypatch.setattr("rich.get_console", lambda shown=shown: Console(file=shown, force_terminal=True))
+        monkeypatch.setattr(progress, "get_console", lambda shown=shown: Console(file=shown, force_terminal=True))
         with progress.progress_bar("evaluation", 2) as advance:
             advance(1)
             advance(1)

@@ -222,7 +222,7 @@ def test_a_file_of_another_kind_is_told_in_one_line(tmp_path: Path) -> None:
         ("training.model=x", "did you mean 'paths.model_path'"),
         ("vllm.group_size=4", "did you mean 'training.group_size'"),
         ("vllm.dtyp=float16", "did you mean 'vllm.dtype'"),  # training.dtype is as like but for the section
-        ("training.kl_coef=0.1", "unknown key 'training.kl_coef'; --help-config lists the fields$"),
+        ("training.zzz=0.1", "unknown key 'training.zzz'; --help-config lists the fields$"),
         ("training.eval_interval=0", r"eval_interval = 0 \(command line\): must be at least 1; null is never$"),
         ("training.max_hours=0", r"max_hours = 0.0 \(command line\): must be more than 0.0; null is no limit$"),
         ("training.group_size=0", r"group_size = 0 \(command line\): must be at least 1$"),

@@ -206,3 +206,11 @@ def test_what_each_setting_changes():
 def test_estimate_needs_no_torch():
     code = "import sys, utils.preflight.memory_estimate; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_reference_policy_is_counted():
+    sizes = SMALL
+    plain, with_kl = (estimate_peak_memory(sizes, make_config(kl_coef=coef), 200) for coef in (0.0, 0.1))
+    n_bytes = 2 * count_parameters(sizes)["total"]  # bfloat16
+    assert with_kl["reference"] == n_bytes
+    assert with_kl["training_peak"] - plain["training_peak"] == n_bytes

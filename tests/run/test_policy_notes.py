@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM, LlamaConfig, PhiConfig, PretrainedConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, FalconConfig, LlamaConfig, PhiConfig, PretrainedConfig
 from update_cases import ON_POLICY
 
 from utils.algorithm.policy import load_policy
@@ -23,13 +23,16 @@ SIZES = {
 }
 
 
+FALCON = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "alibi": True}
+
+
 @pytest.mark.parametrize(
     ("config", "changes", "words"),
     [
         (LlamaConfig(**SIZES), {}, []),
-        (Qwen2Config(**SIZES, attention_dropout=0.1), {}, ["padded"]),
-        (Qwen2Config(**SIZES, attention_dropout=0.1), {"use_packing": False}, []),
-        (PhiConfig(**SIZES, attention_dropout=0.1), {}, ["padded", "full logits"]),
+        (FalconConfig(**FALCON), {}, ["padded"]),
+        (FalconConfig(**FALCON), {"use_packing": False}, []),
+        (PhiConfig(**SIZES), {}, ["full logits"]),
     ],
 )
 def test_notes_name_the_model_and_no_warning_is_given(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import textwrap
 from dataclasses import replace
+from importlib.util import find_spec
 
 import torch
 from safetensors import SafetensorError
@@ -66,6 +67,8 @@ def load_policy(model_path: str, training: Training) -> PreTrainedModel:
     policy.to(training.device).train()
     if training.use_gradient_checkpointing:
         policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if training.use_liger_kernel and training.device.startswith("cuda") and find_spec("liger_kernel") is not None:
+        use_fused_kernels(policy)
     if training.use_packing:
         enable_packing(policy)  # or it stays padded: `is_packable` tells
     if training.use_compile:
@@ -88,6 +91,30 @@ def load_reference(model_path: str, policy: PreTrainedModel, training: Training)
             "reference must be of the policy's family"
         )
     return reference
+
+
+def use_fused_kernels(policy: PreTrainedModel) -> None:
+    """Put liger-kernel's RMSNorm, MLP gate and rotary embedding into a policy on a GPU, in place: equal to rounding.
+
+    Its losses stay out: the log-probs are computed by this project's own head.
+    """
+    from liger_kernel.transformers.monkey_patch import (
+        MODEL_TYPE_TO_APPLY_LIGER_FN,
+        _apply_liger_kernel_to_instance,  # what transformers' own Trainer calls for `use_liger_kernel`
+    )
+
+    if policy.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        note(f"training.use_liger_kernel: liger-kernel does not know {policy.config.model_type}, so it is not used")
+        return
+    _apply_liger_kernel_to_instance(
+        policy,
+        rope=True,
+        rms_norm=True,
+        swiglu=True,
+        geglu=True,
+        cross_entropy=False,
+        fused_linear_cross_entropy=False,
+    )
 
 
 def switch_off_dropout(config: PreTrainedConfig) -> list[str]:

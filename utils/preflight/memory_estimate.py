@@ -49,9 +49,10 @@ def estimate_peak_memory(
         uses_vllm: whether the rollout engine is vLLM.
 
     Returns:
-        `weights`, `gradients`, `optimizer`, `activations` (kept for the backward pass of the largest microbatch),
-        `log_probs` (a chunk of logits, and the head's gradient), `vllm_awake`, `vllm_asleep`; `allowance` for what no
-        tensor holds; and the peaks of the phases, `rollout_peak` and `training_peak`.
+        `weights`, `gradients`, `optimizer`, `reference` (the policy that a KL term measures from), `activations` (kept
+        for the backward pass of the largest microbatch), `log_probs` (a chunk of logits, and the head's gradient),
+        `vllm_awake`, `vllm_asleep`; `allowance` for what no tensor holds; and the peaks of the phases, `rollout_peak`
+        and `training_peak`.
     """
     training, sizes, bytes_each = config.training, _sizes(model_config), BYTES[config.training.dtype]
     n_parameters = count_parameters(model_config)["total"]
@@ -65,12 +66,13 @@ def estimate_peak_memory(
         "weights": n_parameters * bytes_each,
         "gradients": n_parameters * bytes_each,
         "optimizer": optimizer_state_bytes(n_parameters, training),
+        "reference": n_parameters * BYTES[training.reference_dtype] if training.kl_coef else 0,
         "activations": _activations(sizes, config, n_tokens, longest_sequence, n_parameters),
         "log_probs": _log_probs(sizes, config, n_response_tokens),
         **_vllm(config, n_parameters, device_memory, uses_vllm),
         "allowance": CUDA_ALLOWANCE if device_memory is not None else 0,
     }
-    resting = parts["weights"] + parts["optimizer"] + parts["allowance"]
+    resting = sum(parts[name] for name in ("weights", "optimizer", "reference", "allowance"))
     parts["rollout_peak"] = resting + parts["vllm_awake"]
     parts["training_peak"] = (
         resting + parts["vllm_asleep"] + sum(parts[name] for name in ("gradients", "activations", "log_probs"))

@@ -28,6 +28,7 @@ MAY_CHANGE = frozenset(
         "training.use_onednn",
         "training.use_packing",
         "training.use_compile",
+        "training.use_liger_kernel",
         "training.use_gradient_checkpointing",
         "training.use_vllm_sleep_mode",
         "training.gradient_accumulation_steps",
