@@ -71,7 +71,6 @@ class Training:
     use_compile: bool = option(False, "compile the policy's forward pass with torch.compile")
     use_liger_kernel: bool = option(
         True,
-        "on a GPU, use liger-kernel's fused norms, MLP and rotary embedding if it is installed"
         "on a GPU, use liger-kernel's fused norms, MLP and rotary embedding if it is installed and knows the model",
     )
 
