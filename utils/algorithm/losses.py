@@ -33,7 +33,7 @@ def no_baseline(inputs: LossInputs, training: Training) -> PerToken:
 
 
 def reinforce_with_baseline(inputs: LossInputs, training: Training) -> PerToken:
-    """-A log pi: REINFORCE, with the group's mean as baseline."""
+    """-A log pi: REINFORCE with a baseline, which is part of the advantage."""
     return -inputs.advantages[:, None] * inputs.policy_log_probs, {}
 
 
@@ -181,7 +181,8 @@ def own_loss(name: str) -> Loss:
 def per_token_loss(inputs: LossInputs, training: Training) -> PerToken:
     """(B, T) `loss_type`, weighted for the sampler, plus `kl_coef` times r times the KL to the reference.
 
-    The ratio r, with gradient, makes the KL's gradient unbiased for tokens that other weights have sampled.
+    With the ratio r, whose gradient counts, the gradient of k1 and of k3 is unbiased per token, also for tokens that
+    other weights have sampled. That of k2 is not.
     """
     per_token, extras = find_loss(training.loss_type).per_token(inputs, training)
     weights = sampler_weights(inputs, training)

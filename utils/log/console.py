@@ -64,8 +64,8 @@ class TrainingConsole:
 
 
 def _worth_showing(metrics: Mapping[str, float]) -> dict[str, float]:
-    """The metrics of a step with the share of groups that have a signal. On-policy the loss is left out: advantages
-    add up to 0 within a group, and so does the loss, whatever the policy learns."""
+    """The metrics of a step with the share of groups that have a signal. At a ratio of 1 the loss is left out: with the
+    default loss and aggregation it adds up to 0 within a group, whatever the policy learns."""
     shown = dict(metrics)
     if "train/frac_zero_std_groups" in metrics:
         shown[SIGNAL] = 1 - metrics["train/frac_zero_std_groups"]
