@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from memory_count import QWEN_1_5B
 
 import train_grpo
 from configs.defaults import Config
@@ -16,16 +17,6 @@ from utils.preflight.fit import fit_to_card
 from utils.preflight.memory_estimate import estimate_peak_memory, kv_cache_tokens
 
 ROOT = Path(__file__).parents[2]
-QWEN_1_5B = {
-    "hidden_size": 1536,
-    "intermediate_size": 8960,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 12,
-    "num_key_value_heads": 2,
-    "vocab_size": 151936,
-    "tie_word_embeddings": True,
-    "max_position_embeddings": 4096,
-}
 LONGEST = 1424
 SMALL, LARGE = Card(24564 * 2**20, 24000 * 2**20), Card(81559 * 2**20, 81000 * 2**20)  # 24 GB and 80 GB
 

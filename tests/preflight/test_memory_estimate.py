@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from memory_count import QWEN_1_5B
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config
 
 from configs.defaults import Config
@@ -16,15 +17,6 @@ from utils.algorithm.packing import enable_packing, is_packable, pack, packed_hi
 from utils.algorithm.policy import build_optimizer
 from utils.preflight.memory_estimate import CUDA_GRAPHS, count_parameters, estimate_peak_memory
 
-QWEN_1_5B = {
-    "hidden_size": 1536,
-    "intermediate_size": 8960,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 12,
-    "num_key_value_heads": 2,
-    "vocab_size": 151936,
-    "tie_word_embeddings": True,
-}
 SMALL = QWEN_1_5B | {"hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 3, "vocab_size": 300}
 
 
