@@ -4,8 +4,8 @@
     python play-scripts/bench/gpu_report.py --tiny         # every stage with a tiny model on the CPU, in minutes
 
 Nothing is downloaded: the model has the shape of Qwen2.5-Math-1.5B and random weights, unless --model names another.
-Each stage runs in its own process, the tests first and then the most useful, and is written to OUTPUT/README.md as it ends, so that ten
-minutes on a card give most of it. What fails is written there too, and the next stage begins.
+Each stage runs in its own process, the tests first and then the most useful, and is written to OUTPUT/README.md as it
+ends, so that ten minutes on a card give most of it. What fails is written there too, and the next stage begins.
 """
 
 from __future__ import annotations
