@@ -26,6 +26,7 @@ from utils.preflight.disk import too_little_space
 from utils.preflight.hub import unavailable
 from utils.preflight.machine import has_gpu
 from utils.preflight.model_files import context_of, is_local, lacks_chat_template, model_config
+from utils.preflight.reference_model import reference_obstacles
 from utils.preflight.resume_rules import changed_fields
 from utils.problems import load_template, read_problems
 
@@ -74,6 +75,7 @@ def shortfalls(config: Config, inputs: Sequence[str] = INPUTS) -> Iterator[str]:
         reasons = {name: unusable_own(name) for name in names}
         yield from (f"{field} = {name!r}: {reason}" for name, reason in reasons.items() if reason is not None)
     yield from _model_obstacles(config)
+    yield from reference_obstacles(config)
     if config.training.device.startswith("cuda") and not has_gpu():
         yield f"training.device = {config.training.device!r}: no NVIDIA GPU here; set training.device=cpu"
     try:
