@@ -37,7 +37,8 @@ def test_eval_grader_names_the_row_it_cannot_read(
 def test_losses_beside_trl_are_skipped_in_one_line_without_trl(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "trl" else find(name, *rest))
     monkeypatch.setattr(sys, "argv", ["bench/losses_trl.py", "--output", str(tmp_path / "out")])
     runpy.run_path(str(SCRIPTS / "bench/losses_trl.py"), run_name="__main__")
     (line,) = capsys.readouterr().out.splitlines()
