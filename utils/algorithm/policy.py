@@ -20,6 +20,7 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from configs.defaults import Training
+from utils.algorithm.optimizers import OPTIMIZERS
 from utils.algorithm.packing import enable_packing
 from utils.notes import note
 
@@ -176,22 +177,14 @@ def autocast(policy: torch.nn.Module, dtype: str | None) -> contextlib.AbstractC
 
 
 def build_optimizer(policy: torch.nn.Module, training: Training) -> torch.optim.Optimizer:
-    """AdamW: bitsandbytes' 8-bit one (Dettmers et al. 2021, arXiv:2110.02861) or torch's fused one."""
+    """The AdamW that the config names. Raises ValueError if its package is missing."""
     options = {
         "lr": training.learning_rate,
         "betas": (training.adam_beta1, training.adam_beta2),
         "eps": training.adam_eps,
         "weight_decay": training.weight_decay,
     }
-    if not training.use_bnb_adamw8bit:
-        return torch.optim.AdamW(trainable(policy), fused=True, **options)
-    try:
-        import bitsandbytes
-    except ImportError as error:
-        raise ValueError(
-            "training.use_bnb_adamw8bit = true needs bitsandbytes: pip install bitsandbytes, or set it to false"
-        ) from error
-    return bitsandbytes.optim.AdamW8bit(trainable(policy), **options)
+    return OPTIMIZERS[training.optimizer_name](trainable(policy), **options)
 
 
 def context_length(model_path: str) -> int:

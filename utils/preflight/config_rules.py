@@ -231,6 +231,11 @@ def _machine_rules(t: Training) -> list[Rule]:
             "autocast is for float32 weights; set training.dtype to float32, or autocast_dtype to null",
         ),
         (
+            ("training.optimizer", "training.dtype"),
+            t.optimizer == "adamw8bit_master" and t.dtype != "bfloat16",
+            "it keeps masters of bfloat16 weights, and these need none; set optimizer to adamw8bit",
+        ),
+        (
             ("training.device",),
             re.fullmatch(r"cpu|cuda(:\d+)?", t.device) is None,
             "must be cpu, cuda, or cuda:N",

@@ -24,7 +24,7 @@ from utils.problems import notes_on_data, read_problems
 
 LESS_MEMORY = (
     "lower vllm.gpu_memory_utilization, take smaller microbatches (more gradient_accumulation_steps or fewer "
-    "max_tokens_per_microbatch), set use_gradient_checkpointing and use_bnb_adamw8bit, or lower max_tokens"
+    "max_tokens_per_microbatch), set use_gradient_checkpointing, set optimizer to adamw8bit, or lower max_tokens"
 )
 GB = 1e9
 

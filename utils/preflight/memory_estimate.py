@@ -81,9 +81,10 @@ def estimate_peak_memory(
 
 
 def optimizer_state_bytes(n_parameters: int, training: Training) -> int:
-    """AdamW's two moments. With 8 bits: two bytes and, for every block of 256, two float32 scales."""
-    if training.use_bnb_adamw8bit:
-        return int(n_parameters * (2 + 8 / 256))
+    """AdamW's two moments, and the low bits of masters. With 8 bits, each block of 256 has two float32 scales."""
+    low_bits = 2 if training.optimizer_name == "adamw8bit_master" else 0
+    if training.optimizer_name.startswith("adamw8bit"):
+        return int(n_parameters * (2 + 8 / 256 + low_bits))
     return 2 * n_parameters * BYTES[training.dtype]
 
 
@@ -142,6 +143,9 @@ def _log_probs(sizes: dict[str, int], config: Config, n_response_tokens: int) ->
     bytes_each = BYTES[config.training.autocast_dtype or config.training.dtype]
     logits = min(config.training.log_prob_chunk_size, n_response_tokens) * sizes["vocabulary"]
     forward = 8 * logits  # log-softmax and, for the entropy, its exponential, both float32
+    if config.training.head_dtype is not None and bytes_each == 2:
+        # the gradient of the logits in float32 and in two halves, that of the weight and what a chunk adds to it
+        return max(forward, 8 * logits + 8 * sizes["vocabulary"] * sizes["hidden"])
     # log-softmax in float32, its gradient in the weight's dtype (in place for float32), the gradient of the weight
     backward = (4 + bytes_each % 4) * logits + bytes_each * sizes["vocabulary"] * sizes["hidden"]
     return max(forward, backward)
