@@ -44,11 +44,15 @@ def adamw_8bit_master(parameters: list[torch.nn.Parameter], **options: Any) -> t
         @torch.no_grad()
         def init_state(self, group: dict, p: Tensor, gindex: int, pindex: int) -> None:
             super().init_state(group, p, gindex, pindex)
-            self.state[p][LOW_BITS] = torch.zeros_like(p, dtype=torch.int16)  # the weights as loaded are exact
+            if p.dtype == torch.bfloat16:
+                self.state[p][LOW_BITS] = torch.zeros_like(p, dtype=torch.int16)  # the weights as loaded are exact
 
         @torch.no_grad()
         def update_step(self, group: dict, p: Tensor, gindex: int, pindex: int) -> None:
             state = self.state[p]
+            if LOW_BITS not in state:
+                super().update_step(group, p, gindex, pindex)
+                return
             master = torch.nn.Parameter(join(p.data, state[LOW_BITS]))
             master.grad = p.grad.float()
             self.state[master] = state
@@ -65,6 +69,19 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw8bit": adamw_8bit,
     "adamw8bit_master": adamw_8bit_master,
 }
+
+LOST_ABOVE = 512  # times the learning rate: bfloat16 rounds an AdamW step away from a weight of this size or more
+
+
+def share_that_can_move(parameters: list[torch.nn.Parameter], learning_rate: float) -> float:
+    """The share of these bfloat16 weights that a step of the size of the learning rate can change, without masters.
+
+    A bfloat16 has 8 significant bits, so a step is lost where it is below |weight| / 512, and depending on the weight
+    already below |weight| / 256. AdamW's steps are about as large as the learning rate at most.
+    """
+    small = sum((parameter.detach().abs() < LOST_ABOVE * learning_rate).sum() for parameter in parameters)
+    return float(small) / sum(parameter.numel() for parameter in parameters)
+
 
 LOW_BITS = "low_bits"  # the name in the state of a parameter
 

@@ -67,7 +67,8 @@ METRICS: dict[str, str] = {
     "train/sampled_answer_reward": "mean answer reward of all sampled rollouts",
     "train/sampler_max_diff": "largest absolute difference of sampler and trainer log-probs on the tokens of "
     "`train/sampler_kl`, nats. Before `min_tokens` they differ, because the sampler may not choose an end id there",
-    "train/frac_weights_moved": "share of the weights that the step changed, estimated from up to 65,536 per tensor",
+    "train/frac_weights_moved": "share of the weights that the step changed, estimated from up to 65,536 per "
+    "tensor; masters beside bfloat16 weights are not looked at",
     "train/rollout_dt": "seconds to generate the rollouts",
     "train/grading_dt": "seconds to score the rollouts",
     "train/train_dt": "seconds in the inner loop",
