@@ -13,6 +13,7 @@ def option(default: Any, doc: str, **rules: Any) -> Any:
     """A config field: its default, doc and rules: `low`/`high` (inclusive), `above`/`below` (exclusive), `choices`.
 
     With `own_code` a field also takes `path/to/file.py:function`, see docs/own_code.md.
+    `instead` says what to set in place of a value that others would expect among the choices.
     A field with a `heading` begins a group of fields, for `--help-config`.
     """
     metadata = {"doc": doc, **rules}
@@ -50,12 +51,16 @@ class Training:
     seed: int = option(1337, "seed of every random stream", low=0, high=2**63 - 1, heading="Machine and numbers")
     device: str = option("cuda:0", "device that the policy trains on: cuda:0, cpu, ...")
     dtype: str = option(
-        "bfloat16", "dtype of the weights, gradients and optimizer state", choices=["bfloat16", "float32"]
+        "bfloat16",
+        "dtype of the weights, gradients and optimizer state",
+        choices=["bfloat16", "float32"],
+        instead={"float16": "float16 loses updates and overflows; set dtype to float32 and autocast_dtype to float16"},
     )
     autocast_dtype: str | None = option(
         None,
-        "dtype to compute in while the weights stay float32; null computes in the weights' dtype",
-        choices=["bfloat16"],
+        "dtype to compute in while the weights stay float32; float16 comes with a dynamic loss scale; null computes in "
+        "the weights' dtype",
+        choices=["bfloat16", "float16"],
     )
     head_dtype: str | None = option(
         None,

@@ -200,7 +200,11 @@ def sampling_mode(model: torch.nn.Module, autocast_dtype: str | None) -> Iterato
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.no_grad(), autocast(model, autocast_dtype), torch.compiler.set_stance("force_eager"):
+        with (
+            torch.no_grad(),
+            autocast(model, autocast_dtype, keep_copies=True),
+            torch.compiler.set_stance("force_eager"),
+        ):
             yield
     finally:
         for module, mode in training.items():

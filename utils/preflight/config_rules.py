@@ -95,6 +95,8 @@ def _broken_rule(value: Any, rules: Mapping[str, Any]) -> str | None:
         return None
     own_code = rules.get("own_code", False)
     if "choices" in rules and value not in rules["choices"] and not (own_code and is_own(value)):
+        if value in rules.get("instead", {}):
+            return rules["instead"][value]
         own = ", or path/to/file.py:function" if own_code else ""
         return f"choose one of: {', '.join(map(str, rules['choices']))}{own}"
     # written so that NaN breaks them

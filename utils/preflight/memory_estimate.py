@@ -67,15 +67,17 @@ def estimate_peak_memory(
         "gradients": n_parameters * bytes_each,
         "optimizer": optimizer_state_bytes(n_parameters, training),
         "reference": n_parameters * BYTES[training.reference_dtype] if training.kl_coef else 0,
-        "activations": _activations(sizes, config, n_tokens, longest_sequence, n_parameters),
+        "activations": _activations(sizes, config, n_tokens, longest_sequence),
         "log_probs": _log_probs(sizes, config, n_response_tokens),
         **_vllm(config, n_parameters, device_memory, uses_vllm),
         "allowance": CUDA_ALLOWANCE if device_memory is not None else 0,
     }
     resting = sum(parts[name] for name in ("weights", "optimizer", "reference", "allowance"))
     parts["rollout_peak"] = resting + parts["vllm_awake"]
+    # masters are put together tensor by tensor, in float32 beside their gradients, once the activations are gone
+    step = 8 * sizes["vocabulary"] * sizes["hidden"] if training.optimizer_name == "adamw8bit_master" else 0
     parts["training_peak"] = (
-        resting + parts["vllm_asleep"] + sum(parts[name] for name in ("gradients", "activations", "log_probs"))
+        resting + parts["vllm_asleep"] + parts["gradients"] + max(step, parts["activations"] + parts["log_probs"])
     )
     return parts
 
@@ -111,8 +113,8 @@ def _sizes(model_config: dict[str, Any]) -> dict[str, int]:
     return sizes | {"q": sizes["heads"] * head_dim, "kv": kv_heads * head_dim}
 
 
-def _activations(sizes: dict[str, int], config: Config, n_tokens: int, longest_sequence: int, n_parameters: int) -> int:
-    """What autograd keeps of a forward pass, as transformers' Qwen2 writes it, plus autocast's copy of the weights."""
+def _activations(sizes: dict[str, int], config: Config, n_tokens: int, longest_sequence: int) -> int:
+    """What autograd keeps of a forward pass, as transformers' Qwen2 writes it, plus autocast's copies of weights."""
     training = config.training
     autocast = training.autocast_dtype is not None
     bytes_each = BYTES[training.autocast_dtype or training.dtype]
@@ -135,7 +137,18 @@ def _activations(sizes: dict[str, int], config: Config, n_tokens: int, longest_s
         per_token = sizes["n_layers"] * BYTES[training.dtype] * hidden + layer
     else:
         per_token = sizes["n_layers"] * layer
-    return n_tokens * (per_token + norm) + (n_parameters * bytes_each if autocast else 0)
+    return n_tokens * (per_token + norm) + (_autocast_copies(sizes, training) if autocast else 0)
+
+
+def _autocast_copies(sizes: dict[str, int], training: Training) -> int:
+    """The weights in autocast's dtype that autograd keeps; where layers are computed again, one layer's and the head's.
+
+    The embedding is looked up in its own dtype.
+    """
+    hidden, table = sizes["hidden"], sizes["vocabulary"] * sizes["hidden"]
+    layer = 2 * hidden * (sizes["q"] + sizes["kv"]) + 3 * hidden * sizes["intermediate"]
+    n_copied = table + layer * (1 if training.use_gradient_checkpointing else sizes["n_layers"])
+    return n_copied * BYTES[training.autocast_dtype]
 
 
 def _log_probs(sizes: dict[str, int], config: Config, n_response_tokens: int) -> int:
