@@ -123,6 +123,8 @@ def _activations(sizes: dict[str, int], config: Config, n_tokens: int, longest_s
     # gate, its activation, up, and their product
     norm = (4 + 2 * bytes_each) * hidden + 4
     layer = 2 * norm + bytes_each * (2 * sizes["q"] + 2 * sizes["kv"] + 4 * sizes["intermediate"]) + 4 * sizes["heads"]
+    if autocast:  # norms are float32, and queries, keys, values, gate and up each round what they are given
+        layer += (2 * (4 - bytes_each) + 3 * bytes_each) * hidden
     if training.use_packing:
         layer += bytes_each * sizes["q"]  # attention's output, put back into the row
     if training.attention_type == "eager":
