@@ -77,7 +77,7 @@ def gradients(n_steps: int) -> Iterator[Tensor]:
 
 
 def movement(make: Maker, dtype: torch.dtype, rate: float, n_steps: int) -> tuple[Tensor, float]:
-    """Float64 movement of the weights, or of their masters; and the share of weights moved in the first step."""
+    """Float64 movement of the weights and what is kept beside them; and the share that the first step moved."""
     torch.manual_seed(0)
     weight = torch.nn.Parameter(start().to(dtype, copy=True))
     optimizer, share = make([weight], rate), 0.0
@@ -86,9 +86,12 @@ def movement(make: Maker, dtype: torch.dtype, rate: float, n_steps: int) -> tupl
         optimizer.step()
         if step == 0:
             share = (weight.detach().double() != start().double()).double().mean().item()
-    low_bits = optimizer.state[weight].get(LOW_BITS)
-    end = weight.detach() if low_bits is None else join(weight.detach(), low_bits)
-    return end.double() - start().double(), share
+    state, end = optimizer.state[weight], weight.detach().double()
+    if LOW_BITS in state:
+        end = join(weight.detach(), state[LOW_BITS]).double()
+    elif "kahan_comp" in state:
+        end += state["kahan_comp"].double()
+    return end - start().double(), share
 
 
 def measure(rate: float, n_steps: int) -> Iterator[dict[str, Any]]:
@@ -118,7 +121,7 @@ def page(rows: list[dict[str, Any]], command: str, n_steps: int) -> str:
     for row in rows:
         shares = " | ".join(f"{row[name]:.2%}" for name in ("moved in step 1", "bias", "error"))
         lines.append(f"| {row['way']} | {row['rate']:g} | {row['bytes per weight']} | {shares} |")
-    about = "Bytes are of weight, gradient and optimizer state. Of masters, bias and error are the masters'."
+    about = "Bytes are of weight, gradient and optimizer state. What is kept beside a weight is added to it."
     return "\n".join([*lines, "", about, "", f"On {hardware('cpu')}, by", "", f"```bash\n{command}\n```", ""])
 
 
