@@ -51,13 +51,28 @@ def test_gradient_is_that_of_float64(head: Head, dtype: torch.dtype) -> None:
     assert max(distances[False]) > 1e-4
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradient_of_16_bit_kernels_is_that_of_float64(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    hidden, labels = torch.randn(N, H).to(dtype), torch.randint(V, (N,))
+    master = 0.3 * torch.randn(V, H)
+    exact = in_float64(Head(), hidden, master.to(dtype), labels)
+    weight = master.cuda().requires_grad_()
+    head = Head(in_float32=True)
+    log_probs, _ = chunked_log_probs(hidden.cuda(), weight, labels.cuda(), 0.7, chunk_size=16, head=head)
+    log_probs.sum().backward()
+    assert max(distance(log_probs.cpu(), exact[0]), distance(weight.grad.cpu(), exact[2])) < 1e-5
+
+
 def test_gradient_of_hidden_states_is_rounded_once() -> None:
     torch.manual_seed(0)
     hidden, labels = torch.randn(N, H).bfloat16().requires_grad_(), torch.randint(V, (N,))
     weight = (0.3 * torch.randn(V, H)).bfloat16()
     chunked_log_probs(hidden, weight, labels, 0.7, chunk_size=16, head=Head(in_float32=True))[0].sum().backward()
     _, exact, _ = in_float64(Head(), hidden, weight, labels)
-    assert hidden.grad.dtype == torch.bfloat16
+    assert hidden.grad.dtype == torch.bfloat16 and weight.grad is None  # a head that is not trained has none
     torch.testing.assert_close(hidden.grad, exact.bfloat16(), rtol=2**-8, atol=1e-6)
 
 

@@ -227,8 +227,10 @@ class _ChunkedHead(torch.autograd.Function):
         hidden, known, labels, log_normalizers = ctx.saved_tensors
         dtype = wide(hidden.dtype) if ctx.head.in_float32 else hidden.dtype
         grad_hidden = torch.zeros_like(hidden, dtype=dtype)
-        grad_weight = torch.zeros(ctx.weight_shape, dtype=dtype, device=hidden.device)
-        grad_known = grad_weight[: len(known)]
+        grad_weight = grad_known = None
+        if ctx.needs_input_grad[1]:  # a weight that is not trained has no gradient
+            grad_weight = torch.zeros(ctx.weight_shape, dtype=dtype, device=hidden.device)
+            grad_known = grad_weight[: len(known)]
         for start in reversed(range(0, len(labels), ctx.chunk_size)):
             rows = slice(start, start + ctx.chunk_size)
             log_softmax, ctx.last_log_softmax = ctx.last_log_softmax, None
@@ -252,23 +254,27 @@ class _ChunkedHead(torch.autograd.Function):
             grad_logits.scatter_(-1, label, at_label.to(dtype))
             _add_products(grad_logits, hidden[rows], known, grad_hidden[rows], grad_known)
             del grad_logits
-        return grad_hidden.to(hidden.dtype), grad_weight.to(ctx.weight_dtype), None, None, None, None, None, None
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(ctx.weight_dtype)
+        return grad_hidden.to(hidden.dtype), grad_weight, None, None, None, None, None, None
 
 
 def _add_products(
-    grad_logits: Tensor, hidden: Tensor, weight: Tensor, grad_hidden: Tensor, grad_weight: Tensor
+    grad_logits: Tensor, hidden: Tensor, weight: Tensor, grad_hidden: Tensor, grad_weight: Tensor | None
 ) -> None:
-    """Add (n, V) @ (V, H) to `grad_hidden`, which is 0, and (V, n) @ (n, H) to `grad_weight`; overwrites `grad_logits`.
+    """Add (n, V) @ (V, H) to `grad_hidden`, which is 0, and (V, n) @ (n, H) to `grad_weight`, if there is one.
 
-    With a float32 head the gradients are float32, and the operands have 16 bits.
+    With a float32 head the gradients are float32, and the operands have 16 bits. Overwrites `grad_logits`.
     """
     if grad_hidden.dtype == hidden.dtype:
         torch.mm(grad_logits, weight, out=grad_hidden)
-        grad_weight.addmm_(grad_logits.T, hidden)
+        if grad_weight is not None:
+            grad_weight.addmm_(grad_logits.T, hidden)
         return
     for part in operands(grad_logits, hidden.dtype):
         grad_hidden += wide_product(part, weight)
-        grad_weight += wide_product(part.T, hidden)
+        if grad_weight is not None:
+            grad_weight += wide_product(part.T, hidden)
 
 
 def _scaled_logits(hidden: Tensor, weight: Tensor, temperature: float, head: Head) -> Tensor:
