@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import signal
 from pathlib import Path
@@ -27,13 +26,13 @@ WAYS = {
 @pytest.mark.parametrize("kept", WAYS)
 def test_a_kill_leaves_no_trace(world: Path, tmp_path: Path, kept: str) -> None:
     """`kept` is what the optimizer's state holds beside AdamW's moments. Learning rate 1e-5: no weight moves far."""
-    if kept == LOW_BITS and importlib.util.find_spec("bitsandbytes") is None:
-        pytest.skip("bitsandbytes is not installed")
-    options = [*WAYS[kept], "training.n_grpo_steps=4", "training.learning_rate=1e-5"]
+    if kept == LOW_BITS:
+        pytest.importorskip("bitsandbytes")  # here, so that no forked process imports it
+    options = [*WAYS[kept], "training.n_grpo_steps=3", "training.learning_rate=1e-5", "training.eval_interval=null"]
     whole, output = tmp_path / "whole", tmp_path / "run"
     assert finish(arguments(world, whole, *options)) == Status.FINISHED
     process = launch(arguments(world, output, *options))
-    wait_for(process, lambda: len(rows_of(output / "metrics.jsonl")) >= 3)  # in the second step
+    wait_for(process, lambda: len(rows_of(output / "metrics.jsonl")) >= 1)  # in the second step
     os.killpg(process.pid, signal.SIGKILL)
     process.join()
     assert finish([*arguments(world, output, *options), "--resume"]) == Status.FINISHED
