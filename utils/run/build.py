@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from configs.defaults import Config, Training
-from utils.algorithm.head import find_head
+from utils.algorithm.head import find_head, head_of
 from utils.algorithm.loss_scale import begin_loss_scale
 from utils.algorithm.losses import find_loss
 from utils.algorithm.optimizers import LOST_ABOVE, share_that_can_move
@@ -149,6 +149,7 @@ def build_learner(
     t = config.training
     seed_everything(t.seed)
     policy = load_policy(model_path, t)
+    head_of(policy, t.head_dtype)  # refuses a head that cannot be in float32, before anything is sampled
     optimizer = build_optimizer(policy, t)
     engine = build_engine(config, policy, tokenizer, longest_prompt=longest_prompt)
     if t.try_longest_microbatch and t.device.startswith("cuda"):  # on the CPU the system ends a process without a word
