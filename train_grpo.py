@@ -100,6 +100,7 @@ def update_policy(
     from utils.algorithm.aggregation import aggregate_loss
     from utils.algorithm.batch import mark_gradients, microbatches, minibatches
     from utils.algorithm.log_probs import policy_log_probs
+    from utils.algorithm.loss_scale import loss_scale
     from utils.algorithm.losses import find_loss, per_token_loss
     from utils.algorithm.statistics import UpdateStatistics
     from utils.algorithm.update import set_learning_rate, take_optimizer_step, with_old_log_probs
@@ -116,7 +117,7 @@ def update_policy(
             log_probs, entropy = policy_log_probs(policy, microbatch, training)
             per_token, extras = per_token_loss(microbatch.loss_inputs(log_probs), training)
             value = aggregate_loss(per_token, microbatch.response_mask, microbatch.denominators, len(rows))
-            value.backward()
+            value.backward(loss_scale(optimizer))  # None, which is 1, but for float16
             watch.microbatch(microbatch, log_probs, entropy, value, extras)
             if watch.weights_untouched and should_stop():
                 optimizer.zero_grad()

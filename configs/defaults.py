@@ -15,6 +15,7 @@ def option(default: Any, doc: str, **rules: Any) -> Any:
     """A config field: its default, doc and rules: `low`/`high` (inclusive), `above`/`below` (exclusive), `choices`.
 
     With `own_code` a field also takes `path/to/file.py:function`, see docs/own_code.md.
+    `instead` says what to set in place of a value that others would expect among the choices.
     A field with a `heading` begins a group of fields, for `--help-config`.
     """
     metadata = {"doc": doc, **rules}
@@ -52,12 +53,22 @@ class Training:
     seed: int = option(1337, "seed of every random stream", low=0, high=2**63 - 1, heading="Machine and numbers")
     device: str = option("cuda:0", "device that the policy trains on: cuda:0, cpu, ...")
     dtype: str = option(
-        "bfloat16", "dtype of the weights, gradients and optimizer state", choices=["bfloat16", "float32"]
+        "bfloat16",
+        "dtype of the weights, gradients and optimizer state",
+        choices=["bfloat16", "float32"],
+        instead={"float16": "float16 loses updates and overflows; set dtype to float32 and autocast_dtype to float16"},
     )
     autocast_dtype: str | None = option(
         None,
-        "dtype to compute in while the weights stay float32; null computes in the weights' dtype",
-        choices=["bfloat16"],
+        "dtype to compute in while the weights stay float32; float16 comes with a dynamic loss scale; null computes in "
+        "the weights' dtype",
+        choices=["bfloat16", "float16"],
+    )
+    head_dtype: str | None = option(
+        None,
+        "float32 keeps the products of the language-model head in float32 where all else has 16 bits, in the trainer "
+        "and in the engine; null rounds them as the model does",
+        choices=["float32"],
     )
     attention_type: str = option(
         "sdpa", "attention kernel of the policy", choices=["sdpa", "flash_attention_2", "flash_attention_3", "eager"]
@@ -194,7 +205,15 @@ class Training:
     )
     reference_dtype: str = option("bfloat16", "dtype of the reference policy", choices=["bfloat16", "float32"])
 
-    learning_rate: float = option(1e-5, "AdamW's learning rate, after its warm-up", above=0.0, heading="Optimizer")
+    optimizer: str | None = option(
+        None,
+        "AdamW of torch (adamw), of bitsandbytes with moments in 8 bits (adamw8bit), or that on float32 masters of "
+        "bfloat16 weights, so that no update is rounded away, for 2 bytes per weight more (adamw8bit_master); null is "
+        "adamw8bit or adamw, as use_bnb_adamw8bit says",
+        choices=["adamw", "adamw8bit", "adamw8bit_master"],
+        heading="Optimizer",
+    )
+    learning_rate: float = option(1e-5, "AdamW's learning rate, after its warm-up", above=0.0)
     warmup_steps: int = option(0, "GRPO steps over which the learning rate rises from 0", low=0)
     lr_schedule: str = option(
         "constant",
@@ -302,7 +321,9 @@ class Training:
     )
     use_gradient_checkpointing: bool = option(True, "save memory by computing activations again in the backward pass")
     use_vllm_sleep_mode: bool = option(True, "let vLLM free its GPU memory while the policy trains")
-    use_bnb_adamw8bit: bool = option(True, "use the 8-bit AdamW of bitsandbytes instead of torch's fused AdamW")
+    use_bnb_adamw8bit: bool = option(
+        True, "if optimizer is null: use the 8-bit AdamW of bitsandbytes instead of torch's fused AdamW"
+    )
     old_log_probs_train_size: int = option(2, "sequences per forward pass when old log-probs are computed", low=1)
     log_prob_chunk_size: int = option(
         2048, "number of response tokens that go through the language-model head at once", low=1
@@ -311,6 +332,11 @@ class Training:
         True,
         "on a GPU, try a microbatch of the longest possible sequences at the start, to see early if memory suffices",
     )
+
+    @property
+    def optimizer_name(self) -> str:
+        """The optimizer, where the older field may say which."""
+        return self.optimizer or ("adamw8bit" if self.use_bnb_adamw8bit else "adamw")
 
     @property
     def tracker_names(self) -> list[str]:

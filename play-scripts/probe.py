@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> Status:
             raise ValueError(f"--responses {options.responses}: give 1 or more")
         config, _ = fit_to_card(*load_config_and_origins(options.config, options.overrides))
         # nothing is trained, so what training needs may be missing here
-        config.training.use_bnb_adamw8bit = config.training.use_gradient_checkpointing = False
+        config.training.optimizer, config.training.use_gradient_checkpointing = "adamw", False
         config.training.trackers, config.training.wandb_project = [], ""
         inputs = ("val_data_file", "prompt_template_file")
         refuse([*shortfalls(config, inputs), *unusable_files(config, inputs)])

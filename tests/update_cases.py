@@ -9,6 +9,7 @@ import torch
 from configs.defaults import Training
 from utils.algorithm.advantages import compute_advantages
 from utils.algorithm.batch import TrainBatch, make_train_batch
+from utils.algorithm.optimizers import LOW_BITS
 from utils.algorithm.policy import build_optimizer, load_policy
 from utils.records import Problem, Prompt, Rollout
 from utils.run.checkpoint import Checkpoints, TrainState
@@ -42,7 +43,8 @@ def assert_resumes_exactly(model_dir: Path, folder: Path, training: Training) ->
 
     def step_once_more(policy: torch.nn.Module, optimizer: torch.optim.Optimizer) -> torch.Tensor:
         assert update_policy(policy, optimizer, make_batch(seed=1), training, 1).n_optimizer_steps == 1
-        return torch.cat([p.detach().float().cpu().flatten() for p in policy.parameters()])
+        masters = [state[LOW_BITS] for state in optimizer.state.values() if LOW_BITS in state]
+        return torch.cat([t.detach().float().cpu().flatten() for t in [*policy.parameters(), *masters]])
 
     policy = load_policy(str(model_dir), training)
     optimizer, checkpoints = build_optimizer(policy, training), Checkpoints(folder, keep=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import random
@@ -214,7 +215,7 @@ def test_start_and_use_leave_random_states_and_products_alone(
     np.random.seed(5)
     torch.manual_seed(5)
     before = states()
-    config = cpu_config(tiny_model_dir)
+    config = cpu_config(tiny_model_dir, head_dtype="float32")
     config.vllm.dtype = "bfloat16"
     with caplog.at_level(logging.WARNING, logger="utils.engines.vllm_engine"):
         engine = start(config, policy, tokenizer, max_tokens=16)
@@ -226,10 +227,21 @@ def test_start_and_use_leave_random_states_and_products_alone(
     rollouts = engine.generate(prompts_of(tokenizer, 8), n=2, seed=0)
     assert states() == before
     assert 1e-5 < compare_log_probs(engine, policy, rollouts, config)["check_mean_diff"] < 5e-2
+    assert_float32_head_on_both_sides(engine, policy, rollouts, config)
     assert engine.generate(prompts_of(tokenizer, 8), n=2, seed=0, should_stop=asked_to_stop(2)) == []
     engine.close()
     engine.close()
     assert states() == before
+
+
+def assert_float32_head_on_both_sides(engine, policy, rollouts, config) -> None:
+    """The engine's head is tied to the embedding; a trainer in bfloat16 is nearer to it with a float32 head too."""
+    assert policy.config.tie_word_embeddings
+    narrow, gaps = copy.deepcopy(policy).bfloat16(), {}
+    for head_dtype in (None, "float32"):
+        config.training.head_dtype = head_dtype
+        gaps[head_dtype] = compare_log_probs(engine, narrow, rollouts, config)["check_mean_diff"]
+    assert gaps["float32"] < gaps[None]  # most of it is the layers' rounding in this untrained model
 
 
 ENDINGS = {

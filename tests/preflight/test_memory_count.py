@@ -10,13 +10,13 @@ from memory_count import QWEN_1_5B, count_training_peak
 from utils.preflight.config import load_config
 from utils.preflight.memory_estimate import estimate_peak_memory
 
-HARDWARE = Path(__file__).parents[2] / "configs/hardware"
+CONFIGS = Path(__file__).parents[2] / "configs"
 PROMPT, RESPONSE = 400, 1024
 
 
-@pytest.mark.parametrize("overlay", ["rtx4090", "h100", None])
+@pytest.mark.parametrize("overlay", ["hardware/rtx4090", "hardware/h100", "recipes/hardware/h100", None])
 def test_the_estimate_is_within_a_tenth_of_the_count(overlay: str | None) -> None:
-    config = load_config([HARDWARE / f"{overlay}.yaml"] if overlay else [])
+    config = load_config([CONFIGS / f"{overlay}.yaml"] if overlay else [])
     parts = estimate_peak_memory(QWEN_1_5B, config, PROMPT + RESPONSE, device_memory=24 * 10**9)
     budget = config.training.max_tokens_per_microbatch or 0
     n_sequences = max(1, budget // (PROMPT + RESPONSE))

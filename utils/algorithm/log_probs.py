@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from configs.defaults import Training
 from utils.algorithm.batch import Microbatch
-from utils.algorithm.head import Head, find_head
+from utils.algorithm.head import Head, head_of, operands, wide, wide_product
 from utils.algorithm.packing import Packing, is_packable, pack, packed_hidden_states
 from utils.algorithm.policy import autocast
 
@@ -41,6 +41,7 @@ def policy_log_probs(
             response_index=microbatch.response_index,
             packing=microbatch.packing,
             vocabulary_size=microbatch.vocabulary_size,
+            head_dtype=training.head_dtype,
         )
 
 
@@ -67,7 +68,7 @@ def get_response_log_probs(
         `log_probs` (B, T) float32; if asked, `token_entropy` (B, T) float32, of the next-token distribution.
     """
     logits = model(input_ids).logits
-    logits = logits.to(_wide(logits.dtype))
+    logits = logits.to(wide(logits.dtype))
     log_probs = logits.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
     result = {"log_probs": log_probs}
     if return_token_entropy:
@@ -85,6 +86,7 @@ def response_log_probs(
     response_index: Tensor | None = None,
     packing: Packing | None = None,
     vocabulary_size: int | None = None,
+    head_dtype: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probs of response tokens under softmax(logits / temperature), and that distribution's entropy, in nats.
 
@@ -104,6 +106,8 @@ def response_log_probs(
         packing: `pack(input_ids, response_mask)`, if it was computed before, for the same reason.
         vocabulary_size: ids from this one on have probability 0; None: no such limit. Models pad their vocabulary
             beyond the tokenizer's, and no engine samples such an id.
+        head_dtype: "float32" to keep the head's products in float32, see `Head`. Raises ValueError if the policy's head
+            is not known.
 
     Returns:
         log_probs (B, T-1) float32, with gradient, and entropy (B, T-1) float32 or None; both 0 outside the mask.
@@ -115,7 +119,7 @@ def response_log_probs(
     hidden_index = response_index + response_index // response_mask.shape[1]
     labels = input_ids.flatten().index_select(0, hidden_index + 1)
 
-    head = find_head(policy)
+    head = head_of(policy, head_dtype)
     if head is not None:
         if is_packable(policy) and len(response_index):
             if packing is None:
@@ -123,17 +127,16 @@ def response_log_probs(
             hidden = packed_hidden_states(policy, packing)
         else:
             hidden = _hidden_states(policy, input_ids).flatten(0, 1).index_select(0, hidden_index)
-        weight = policy.get_output_embeddings().weight
         if torch.is_autocast_enabled(hidden.device.type):
-            autocast_dtype = torch.get_autocast_dtype(hidden.device.type)
-            hidden, weight = hidden.to(autocast_dtype), weight.to(autocast_dtype)
+            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+        weight = policy.get_output_embeddings().weight
         log_probs, entropy = chunked_log_probs(
             hidden, weight, labels, temperature, chunk_size, with_entropy, vocabulary_size, head
         )
     else:
         logits = policy(input_ids, use_cache=False).logits.flatten(0, 1).index_select(0, hidden_index)
         logits = logits[:, :vocabulary_size]
-        logits = logits.to(_wide(logits.dtype)) / temperature
+        logits = logits.to(wide(logits.dtype)) / temperature
         log_probs = logits.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
         entropy = compute_entropy(logits.detach()) if with_entropy else None
 
@@ -170,7 +173,8 @@ def chunked_log_probs(
     """Hidden states (N, H), head weight (V, H), labels (N,) -> log-probs (N,) and entropy (N,) or None, float32, nats.
 
     Both are of softmax(logits / temperature) over the first `vocabulary_size` ids (None: all), where logits are
-    hidden @ weight.T, scaled and capped if `head` says so; gradients flow only through the log-probs.
+    hidden @ weight.T, scaled and capped if `head` says so; gradients flow only through the log-probs. The weight is
+    taken in the dtype of the hidden states.
     """
     return _ChunkedHead.apply(
         hidden, weight, labels, temperature, chunk_size, with_entropy, vocabulary_size, head or Head()
@@ -197,8 +201,8 @@ class _ChunkedHead(torch.autograd.Function):
         vocabulary_size: int | None,
         head: Head,
     ) -> tuple[Tensor, Tensor | None]:
-        known = weight[:vocabulary_size]  # a view: inside, so that no gradient of a slice has to be put back
-        log_probs = torch.empty(len(labels), dtype=_wide(hidden.dtype), device=hidden.device)
+        known = weight[:vocabulary_size].to(hidden.dtype)  # inside, so that no gradient of a slice has to be put back
+        log_probs = torch.empty(len(labels), dtype=wide(hidden.dtype), device=hidden.device)
         log_normalizers = torch.empty_like(log_probs)
         entropy = torch.empty_like(log_probs) if with_entropy else None
         log_softmax = None
@@ -211,18 +215,22 @@ class _ChunkedHead(torch.autograd.Function):
             log_probs[rows] = log_softmax.gather(-1, labels[rows, None]).squeeze(-1)
             if entropy is not None:
                 entropy[rows] = log_softmax.exp().mul_(log_softmax).sum(-1).neg_()
-        ctx.save_for_backward(hidden, weight, labels, log_normalizers)
+        ctx.save_for_backward(hidden, known, labels, log_normalizers)
         ctx.temperature, ctx.chunk_size, ctx.head, ctx.last_log_softmax = temperature, chunk_size, head, log_softmax
-        ctx.vocabulary_size = vocabulary_size
+        ctx.weight_shape, ctx.weight_dtype = weight.shape, weight.dtype
         if entropy is not None:
             ctx.mark_non_differentiable(entropy)
         return log_probs, entropy
 
     @staticmethod
     def backward(ctx: Any, grad_log_probs: Tensor, _grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, labels, log_normalizers = ctx.saved_tensors
-        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
-        known, grad_known = weight[: ctx.vocabulary_size], grad_weight[: ctx.vocabulary_size]
+        hidden, known, labels, log_normalizers = ctx.saved_tensors
+        dtype = wide(hidden.dtype) if ctx.head.in_float32 else hidden.dtype
+        grad_hidden = torch.zeros_like(hidden, dtype=dtype)
+        grad_weight = grad_known = None
+        if ctx.needs_input_grad[1]:  # a weight that is not trained has no gradient
+            grad_weight = torch.zeros(ctx.weight_shape, dtype=dtype, device=hidden.device)
+            grad_known = grad_weight[: len(known)]
         for start in reversed(range(0, len(labels), ctx.chunk_size)):
             rows = slice(start, start + ctx.chunk_size)
             log_softmax, ctx.last_log_softmax = ctx.last_log_softmax, None
@@ -230,7 +238,7 @@ class _ChunkedHead(torch.autograd.Function):
                 log_softmax = _scaled_logits(hidden[rows], known, ctx.temperature, ctx.head)
                 log_softmax.sub_(log_normalizers[rows, None])
             slope = None
-            if ctx.head != Head():  # a plain head's is 1
+            if not ctx.head.is_plain:  # else it is 1
                 slope = ctx.head.slope((log_softmax + log_normalizers[rows, None]).mul_(ctx.temperature))
             # d log p(label) / d logits = (onehot(label) - softmax) / temperature
             upstream = grad_log_probs[rows, None] / ctx.temperature
@@ -241,19 +249,37 @@ class _ChunkedHead(torch.autograd.Function):
                 at_label.mul_(slope.gather(-1, label) if isinstance(slope, Tensor) else slope)
                 softmax.mul_(slope)
                 del slope
-            grad_logits = _rounded_product(softmax, -upstream, weight.dtype, on_cuda=softmax.is_cuda)
+            grad_logits = _rounded_product(softmax, -upstream, dtype, on_cuda=softmax.is_cuda)
             del softmax
-            grad_logits.scatter_(-1, label, at_label.to(weight.dtype))
-            torch.mm(grad_logits, known, out=grad_hidden[rows])
-            grad_known.addmm_(grad_logits.T, hidden[rows])
+            grad_logits.scatter_(-1, label, at_label.to(dtype))
+            _add_products(grad_logits, hidden[rows], known, grad_hidden[rows], grad_known)
             del grad_logits
-        return grad_hidden, grad_weight, None, None, None, None, None, None
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(ctx.weight_dtype)
+        return grad_hidden.to(hidden.dtype), grad_weight, None, None, None, None, None, None
+
+
+def _add_products(
+    grad_logits: Tensor, hidden: Tensor, weight: Tensor, grad_hidden: Tensor, grad_weight: Tensor | None
+) -> None:
+    """Add (n, V) @ (V, H) to `grad_hidden`, which is 0, and (V, n) @ (n, H) to `grad_weight`, if there is one.
+
+    With a float32 head the gradients are float32, and the operands have 16 bits. Overwrites `grad_logits`.
+    """
+    if grad_hidden.dtype == hidden.dtype:
+        torch.mm(grad_logits, weight, out=grad_hidden)
+        if grad_weight is not None:
+            grad_weight.addmm_(grad_logits.T, hidden)
+        return
+    for part in operands(grad_logits, hidden.dtype):
+        grad_hidden += wide_product(part, weight)
+        if grad_weight is not None:
+            grad_weight += wide_product(part.T, hidden)
 
 
 def _scaled_logits(hidden: Tensor, weight: Tensor, temperature: float, head: Head) -> Tensor:
-    """(n, H), (V, H) -> a fresh (n, V) float32: logits / temperature. The product rounds to the weight's dtype first,
-    as the model's own head does."""
-    logits = head.logits_((hidden @ weight.T).to(_wide(hidden.dtype)))
+    """(n, H), (V, H) -> a fresh (n, V) float32: logits / temperature."""
+    logits = head.logits_(head.products(hidden, weight))
     return logits if temperature == 1.0 else logits.div_(temperature)
 
 
@@ -263,8 +289,3 @@ def _rounded_product(values: Tensor, factor: Tensor, dtype: torch.dtype, on_cuda
     if on_cuda and values.dtype != dtype:
         return torch.mul(values, factor, out=torch.empty_like(values, dtype=dtype))
     return values.mul_(factor).to(dtype)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """What log-probs are computed in: float32, or float64 for a model in float64."""
-    return torch.promote_types(dtype, torch.float32)

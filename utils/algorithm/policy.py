@@ -20,6 +20,8 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from configs.defaults import Training
+from utils.algorithm.loss_scale import begin_loss_scale
+from utils.algorithm.optimizers import OPTIMIZERS
 from utils.algorithm.packing import enable_packing
 from utils.notes import note
 
@@ -168,30 +170,32 @@ def checkpoint_name(name: str) -> str:
     return name.replace("_orig_mod.", "")
 
 
-def autocast(policy: torch.nn.Module, dtype: str | None) -> contextlib.AbstractContextManager:
-    """Compute in this dtype on the policy's device while its weights keep theirs; None: in the weights' own."""
+def autocast(
+    policy: torch.nn.Module, dtype: str | None, keep_copies: bool = False
+) -> contextlib.AbstractContextManager:
+    """Compute in this dtype on the policy's device while its weights keep theirs; None: in the weights' own.
+
+    A weight's copy in this dtype lives as long as autograd needs it: where activations are recomputed, a layer at a
+    time. `keep_copies`, for many passes with the same weights: until the context ends.
+    """
     if dtype is None:
         return contextlib.nullcontext()
-    return torch.autocast(next(policy.parameters()).device.type, getattr(torch, dtype))
+    device_type = next(policy.parameters()).device.type
+    return torch.autocast(device_type, getattr(torch, dtype), cache_enabled=keep_copies)
 
 
 def build_optimizer(policy: torch.nn.Module, training: Training) -> torch.optim.Optimizer:
-    """AdamW: bitsandbytes' 8-bit one (Dettmers et al. 2021, arXiv:2110.02861) or torch's fused one."""
+    """The AdamW that the config names. Raises ValueError if its package is missing."""
     options = {
         "lr": training.learning_rate,
         "betas": (training.adam_beta1, training.adam_beta2),
         "eps": training.adam_eps,
         "weight_decay": training.weight_decay,
     }
-    if not training.use_bnb_adamw8bit:
-        return torch.optim.AdamW(trainable(policy), fused=True, **options)
-    try:
-        import bitsandbytes
-    except ImportError as error:
-        raise ValueError(
-            "training.use_bnb_adamw8bit = true needs bitsandbytes: pip install bitsandbytes, or set it to false"
-        ) from error
-    return bitsandbytes.optim.AdamW8bit(trainable(policy), **options)
+    optimizer = OPTIMIZERS[training.optimizer_name](trainable(policy), **options)
+    if training.autocast_dtype == "float16":
+        begin_loss_scale(optimizer)
+    return optimizer
 
 
 def context_length(model_path: str) -> int:

@@ -42,6 +42,7 @@ class UpdateStatistics:
         self._sums: dict[str, Tensor] = {}  # over trained tokens
         self._losses: list[Tensor] = []  # of each optimizer step taken
         self._grad_norms: list[Tensor] = []
+        self._n_too_large = 0  # optimizer steps that the loss scale has cost
         self._result = UpdateResult(metrics={})
         order = batch.response_mask.sum(dim=1).argsort()
         self._thirds = {"shortest": torch.zeros(len(order), dtype=torch.bool)}
@@ -136,9 +137,15 @@ class UpdateStatistics:
             finite = finite & ~bad.any()
         return finite
 
-    def optimizer_step(self, grad_norm: Tensor, taken: bool) -> None:
-        """The optimizer step of this minibatch was taken, or skipped because a number was not finite."""
+    def optimizer_step(self, grad_norm: Tensor, taken: bool, too_large: bool = False) -> None:
+        """The optimizer step of this minibatch was taken, or skipped because a number was not finite.
+
+        `too_large`: because the loss scale made the gradient too large for float16, which is no fault of the rollouts.
+        """
         result = self._result
+        if too_large:
+            self._n_too_large += 1
+            return
         result.skipped.append(not taken)
         if taken:
             result.n_optimizer_steps += 1
@@ -166,6 +173,8 @@ class UpdateStatistics:
             "nonfinite_steps": float(sum(self._result.skipped)),
             "frac_weights_moved": self._movement.share(),
         }
+        if self._training.autocast_dtype == "float16":
+            metrics["loss_scale_skips"] = float(self._n_too_large)
         metrics |= {name: value / tokens for name, value in sums.items()} if tokens else {}
         if compared:
             metrics |= {"sampler_kl": kl / compared, "sampler_max_diff": largest}

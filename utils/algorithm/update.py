@@ -11,6 +11,7 @@ from torch import Tensor
 from configs.defaults import Training
 from utils.algorithm.batch import TrainBatch, split_rows, take_microbatch
 from utils.algorithm.log_probs import policy_log_probs
+from utils.algorithm.loss_scale import adapt_loss_scale, divide_by_loss_scale
 from utils.algorithm.packing import is_packable
 from utils.algorithm.policy import trainable
 from utils.algorithm.statistics import UpdateStatistics
@@ -77,14 +78,19 @@ def clip_gradients(policy: torch.nn.Module, max_grad_norm: float) -> Tensor:
 def take_optimizer_step(
     policy: torch.nn.Module, optimizer: torch.optim.Optimizer, training: Training, watch: UpdateStatistics
 ) -> None:
-    """Clip the gradient and step, unless the loss or gradient is not finite: then the step is skipped and counted."""
+    """Clip the gradient and step, unless the loss or gradient is not finite: then the step is skipped and counted.
+
+    If it was only too large for float16, that is counted apart, and the loss scale is halved.
+    """
     for parameter in trainable(policy):
         if parameter.grad is None:
             # No rollout had a gradient. A zero gradient lets AdamW apply its momentum, as if it had been computed.
             parameter.grad = torch.zeros_like(parameter)
+    divide_by_loss_scale(optimizer, [parameter.grad for parameter in trainable(policy)])
     grad_norm = clip_gradients(policy, training.max_grad_norm)
     finite = bool(torch.isfinite(grad_norm) & watch.all_finite())  # the one wait for the device per optimizer step
     if finite:
         optimizer.step()
-    watch.optimizer_step(grad_norm, taken=finite)
+    too_large = adapt_loss_scale(optimizer, finite) and bool(watch.all_finite())
+    watch.optimizer_step(grad_norm, taken=finite, too_large=too_large)
     optimizer.zero_grad()

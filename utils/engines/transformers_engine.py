@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from utils.algorithm.head import head_of, next_token_logits
 from utils.algorithm.policy import autocast
 from utils.engines.responses import ResponseReader, check_rollouts, end_ids_of
 from utils.log.progress import progress_bar
@@ -48,7 +49,8 @@ class TransformersEngine:
     """Samples from the live policy with a KV cache, batch by batch; rows that have ended leave the computation.
 
     `batch_size` is the number of sequences sampled at once. `autocast_dtype`: compute in this dtype, as the trainer
-    does. The policy's train mode, its gradient checkpointing and the global random state stay as they are.
+    does; `head_dtype` "float32": keep the head's products in float32, as the trainer does. The policy's train mode, its
+    gradient checkpointing and the global random state stay as they are.
     """
 
     name = "transformers"
@@ -60,10 +62,12 @@ class TransformersEngine:
         sampling: Sampling,
         batch_size: int,
         autocast_dtype: str | None = None,
+        head_dtype: str | None = None,
     ):
         self.sampling = sampling
         self.batch_size = batch_size
         self.autocast_dtype = autocast_dtype
+        self._head = None if head_dtype is None else head_of(policy, head_dtype)
         self.update_weights(policy)
         self.reader = ResponseReader(tokenizer, sampling, end_ids_of(self._model, tokenizer))
         self._vocabulary_size = len(tokenizer)
@@ -172,14 +176,10 @@ class TransformersEngine:
         self, input_ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: object | None
     ) -> tuple[torch.Tensor, object]:
         """Logits (B, V) float32 of the token that follows the last column, and the cache with these columns added."""
-        output = self._model(
-            input_ids=input_ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        inputs = {"input_ids": input_ids, "attention_mask": mask, "position_ids": positions, "past_key_values": cache}
+        if self._head is not None:
+            return next_token_logits(self._model, self._head, **inputs, use_cache=True)
+        output = self._model(**inputs, use_cache=True, logits_to_keep=1)
         return output.logits[:, -1].float(), output.past_key_values
 
     def _forbid(self, logits: torch.Tensor, n_sampled: int) -> None:
@@ -200,7 +200,11 @@ def sampling_mode(model: torch.nn.Module, autocast_dtype: str | None) -> Iterato
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.no_grad(), autocast(model, autocast_dtype), torch.compiler.set_stance("force_eager"):
+        with (
+            torch.no_grad(),
+            autocast(model, autocast_dtype, keep_copies=True),
+            torch.compiler.set_stance("force_eager"),
+        ):
             yield
     finally:
         for module, mode in training.items():

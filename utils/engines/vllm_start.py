@@ -54,8 +54,11 @@ def start_vllm(config: Config, policy: PreTrainedModel, vocabulary_size: int, lo
         "generation_config": "vllm",  # else the checkpoint's own temperature and top-p would come in silently
         **device_options(config, max_model_len),
     }
-    if vocabulary_size < policy.config.vocab_size:
-        options["hf_overrides"] = {"vocab_size": vocabulary_size}
+    overrides = {"vocab_size": vocabulary_size} if vocabulary_size < policy.config.vocab_size else {}
+    if config.training.head_dtype is not None:
+        overrides["head_dtype"] = config.training.head_dtype  # of logits: `LogitsProcessor`, tied embeddings too
+    if overrides:
+        options["hf_overrides"] = overrides
     n_threads, cpu_products = torch.get_num_threads(), torch.backends.mkldnn.matmul.fp32_precision
     try:
         with preserved_random_state(), quiet(), compilation(config.training.device):

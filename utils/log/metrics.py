@@ -62,12 +62,16 @@ METRICS: dict[str, str] = {
     "train/frac_masked_longest": "share of trained tokens whose weight is 0, in the longest third: long answers "
     "must not vanish silently",
     "train/learning_rate": "AdamW's learning rate in the step",
+    "train/loss_scale": "what the next optimizer step's loss is multiplied by, in float16",
+    "train/loss_scale_skips": "optimizer steps that were skipped because the loss scale made the gradient too large "
+    "for float16; the scale is then halved",
     "train/generation_rounds": "rounds of sampling that `refill_groups` needed",
     "train/sampled_rollouts": "rollouts sampled in all rounds, including those left out",
     "train/sampled_answer_reward": "mean answer reward of all sampled rollouts",
     "train/sampler_max_diff": "largest absolute difference of sampler and trainer log-probs on the tokens of "
     "`train/sampler_kl`, nats. Before `min_tokens` they differ, because the sampler may not choose an end id there",
-    "train/frac_weights_moved": "share of the weights that the step changed, estimated from up to 65,536 per tensor",
+    "train/frac_weights_moved": "share of the weights that the step changed, estimated from up to 65,536 per "
+    "tensor; masters beside bfloat16 weights are not looked at",
     "train/rollout_dt": "seconds to generate the rollouts",
     "train/grading_dt": "seconds to score the rollouts",
     "train/train_dt": "seconds in the inner loop",

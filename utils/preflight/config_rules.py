@@ -97,6 +97,8 @@ def _broken_rule(value: Any, rules: Mapping[str, Any]) -> str | None:
     items = value if isinstance(value, list) else [value]
     is_known = "choices" not in rules or all(item in rules["choices"] for item in items)
     if not is_known and not (own_code and is_own(value)):
+        if isinstance(value, str) and value in rules.get("instead", {}):
+            return rules["instead"][value]
         own = ", or path/to/file.py:function" if own_code else ""
         return f"choose one of: {', '.join(map(str, rules['choices']))}{own}"
     # written so that NaN breaks them
@@ -243,6 +245,11 @@ def _machine_rules(t: Training) -> list[Rule]:
             ("training.autocast_dtype", "training.dtype"),
             t.autocast_dtype is not None and t.dtype != "float32",
             "autocast is for float32 weights; set training.dtype to float32, or autocast_dtype to null",
+        ),
+        (
+            ("training.optimizer", "training.dtype"),
+            t.optimizer == "adamw8bit_master" and t.dtype != "bfloat16",
+            "it keeps masters of bfloat16 weights, and these need none; set optimizer to adamw8bit",
         ),
         (
             ("training.device",),

@@ -24,7 +24,7 @@ from utils.problems import notes_on_data, read_problems
 
 LESS_MEMORY = (
     "lower vllm.gpu_memory_utilization, take smaller microbatches (more gradient_accumulation_steps or fewer "
-    "max_tokens_per_microbatch), set use_gradient_checkpointing and use_bnb_adamw8bit, or lower max_tokens"
+    "max_tokens_per_microbatch), set use_gradient_checkpointing, set optimizer to adamw8bit, or lower max_tokens"
 )
 GB = 1e9
 
@@ -76,6 +76,8 @@ def notes(config: Config, prompt: LongestPrompt) -> Iterator[str]:
         size = bytes_to_fetch(model_path)
         amount = "an unknown amount" if size is None else f"about {size / GB:.1f} GB"
         yield f"{model_path} is not on this machine yet: {amount} to fetch from the hub"
+    if t.autocast_dtype == "float16" and config.vllm.dtype != "float16" and _engine(config).startswith("vllm"):
+        yield f"the trainer computes in float16 and vLLM in {config.vllm.dtype}: set vllm.dtype=float16 too"
     yield from machine_notes(config)
     yield from _memory_notes(config, prompt)
 

@@ -67,23 +67,26 @@ def estimate_peak_memory(
         "gradients": n_parameters * bytes_each,
         "optimizer": optimizer_state_bytes(n_parameters, training),
         "reference": n_parameters * BYTES[training.reference_dtype] if training.kl_coef else 0,
-        "activations": _activations(sizes, config, n_tokens, longest_sequence, n_parameters),
+        "activations": _activations(sizes, config, n_tokens, longest_sequence),
         "log_probs": _log_probs(sizes, config, n_response_tokens),
         **_vllm(config, n_parameters, device_memory, uses_vllm),
         "allowance": CUDA_ALLOWANCE if device_memory is not None else 0,
     }
     resting = sum(parts[name] for name in ("weights", "optimizer", "reference", "allowance"))
     parts["rollout_peak"] = resting + parts["vllm_awake"]
+    # masters are put together tensor by tensor, in float32 beside their gradients, once the activations are gone
+    step = 8 * sizes["vocabulary"] * sizes["hidden"] if training.optimizer_name == "adamw8bit_master" else 0
     parts["training_peak"] = (
-        resting + parts["vllm_asleep"] + sum(parts[name] for name in ("gradients", "activations", "log_probs"))
+        resting + parts["vllm_asleep"] + parts["gradients"] + max(step, parts["activations"] + parts["log_probs"])
     )
     return parts
 
 
 def optimizer_state_bytes(n_parameters: int, training: Training) -> int:
-    """AdamW's two moments. With 8 bits: two bytes and, for every block of 256, two float32 scales."""
-    if training.use_bnb_adamw8bit:
-        return int(n_parameters * (2 + 8 / 256))
+    """AdamW's two moments, and the low bits of masters. With 8 bits, each block of 256 has two float32 scales."""
+    low_bits = 2 if training.optimizer_name == "adamw8bit_master" else 0
+    if training.optimizer_name.startswith("adamw8bit"):
+        return int(n_parameters * (2 + 8 / 256 + low_bits))
     return 2 * n_parameters * BYTES[training.dtype]
 
 
@@ -110,8 +113,8 @@ def _sizes(model_config: dict[str, Any]) -> dict[str, int]:
     return sizes | {"q": sizes["heads"] * head_dim, "kv": kv_heads * head_dim}
 
 
-def _activations(sizes: dict[str, int], config: Config, n_tokens: int, longest_sequence: int, n_parameters: int) -> int:
-    """What autograd keeps of a forward pass, as transformers' Qwen2 writes it, plus autocast's copy of the weights."""
+def _activations(sizes: dict[str, int], config: Config, n_tokens: int, longest_sequence: int) -> int:
+    """What autograd keeps of a forward pass, as transformers' Qwen2 writes it, plus autocast's copies of weights."""
     training = config.training
     autocast = training.autocast_dtype is not None
     bytes_each = BYTES[training.autocast_dtype or training.dtype]
@@ -120,6 +123,8 @@ def _activations(sizes: dict[str, int], config: Config, n_tokens: int, longest_s
     # gate, its activation, up, and their product
     norm = (4 + 2 * bytes_each) * hidden + 4
     layer = 2 * norm + bytes_each * (2 * sizes["q"] + 2 * sizes["kv"] + 4 * sizes["intermediate"]) + 4 * sizes["heads"]
+    if autocast:  # norms are float32, and queries, keys, values, gate and up each round what they are given
+        layer += (2 * (4 - bytes_each) + 3 * bytes_each) * hidden
     if training.use_packing:
         layer += bytes_each * sizes["q"]  # attention's output, put back into the row
     if training.attention_type == "eager":
@@ -134,7 +139,18 @@ def _activations(sizes: dict[str, int], config: Config, n_tokens: int, longest_s
         per_token = sizes["n_layers"] * BYTES[training.dtype] * hidden + layer
     else:
         per_token = sizes["n_layers"] * layer
-    return n_tokens * (per_token + norm) + (n_parameters * bytes_each if autocast else 0)
+    return n_tokens * (per_token + norm) + (_autocast_copies(sizes, training) if autocast else 0)
+
+
+def _autocast_copies(sizes: dict[str, int], training: Training) -> int:
+    """The weights in autocast's dtype that autograd keeps; where layers are computed again, one layer's and the head's.
+
+    The embedding is looked up in its own dtype.
+    """
+    hidden, table = sizes["hidden"], sizes["vocabulary"] * sizes["hidden"]
+    layer = 2 * hidden * (sizes["q"] + sizes["kv"]) + 3 * hidden * sizes["intermediate"]
+    n_copied = table + layer * (1 if training.use_gradient_checkpointing else sizes["n_layers"])
+    return n_copied * BYTES[training.autocast_dtype]
 
 
 def _log_probs(sizes: dict[str, int], config: Config, n_response_tokens: int) -> int:
@@ -142,6 +158,9 @@ def _log_probs(sizes: dict[str, int], config: Config, n_response_tokens: int) ->
     bytes_each = BYTES[config.training.autocast_dtype or config.training.dtype]
     logits = min(config.training.log_prob_chunk_size, n_response_tokens) * sizes["vocabulary"]
     forward = 8 * logits  # log-softmax and, for the entropy, its exponential, both float32
+    if config.training.head_dtype is not None and bytes_each == 2:
+        # the gradient of the logits in float32 and in two halves, that of the weight and what a chunk adds to it
+        return max(forward, 8 * logits + 8 * sizes["vocabulary"] * sizes["hidden"])
     # log-softmax in float32, its gradient in the weight's dtype (in place for float32), the gradient of the weight
     backward = (4 + bytes_each % 4) * logits + bytes_each * sizes["vocabulary"] * sizes["hidden"]
     return max(forward, backward)

@@ -127,7 +127,12 @@ def _model_obstacles(config: Config) -> Iterator[str]:
 
 def _missing_packages(t: Training) -> Iterator[str]:
     needs = [
-        ("bitsandbytes", t.use_bnb_adamw8bit, "training.use_bnb_adamw8bit = true", "or set it to false"),
+        (
+            "bitsandbytes",
+            t.optimizer_name.startswith("adamw8bit"),
+            f"training.optimizer = {t.optimizer_name}",
+            "or set it to adamw",
+        ),
         ("flash_attn", t.attention_type == "flash_attention_2", "attention_type flash_attention_2", "or take sdpa"),
         (
             "flash_attn_interface",

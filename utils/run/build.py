@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
@@ -11,10 +11,19 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from configs.defaults import DEFAULT_PROJECT, Config, Training
-from utils.algorithm.head import find_head
+from utils.algorithm.head import find_head, head_of
+from utils.algorithm.loss_scale import begin_loss_scale
 from utils.algorithm.losses import find_loss
+from utils.algorithm.optimizers import LOST_ABOVE, share_that_can_move
 from utils.algorithm.packing import is_packable
-from utils.algorithm.policy import build_optimizer, context_length, load_policy, load_reference, load_tokenizer
+from utils.algorithm.policy import (
+    build_optimizer,
+    context_length,
+    load_policy,
+    load_reference,
+    load_tokenizer,
+    trainable,
+)
 from utils.engines import build_engine
 from utils.log.files import CONFIG_FILE, save_run_info
 from utils.log.output import claimed, holds_run
@@ -46,6 +55,8 @@ from utils.run.step_meter import StepMeter
 from utils.run.trial import try_longest_microbatch
 from utils.run.watchers import Watchers
 from utils.seeding import restore_random_state, seed_everything
+
+MOST_ARE_LOST = 0.1  # below this share of weights that can move, a run says so at its start
 
 
 def build_run(
@@ -97,11 +108,14 @@ def assemble(
     state = TrainState(problem_stream=problem_stream.state_dict())
     if checkpoint is not None:
         state = checkpoints.load(checkpoint, optimizer)
+        if t.autocast_dtype == "float16":
+            begin_loss_scale(optimizer)  # unless one was saved
         problem_stream.load_state_dict(state.problem_stream)
         watchers.load_state_dict(state.guard, state.advisor)
         if state.skipped_in_a_row >= t.max_nonfinite_steps:  # what ended the run; a resume is another try
             state = replace(state, skipped_in_a_row=0)
-    log = open_log(config, resume, state, engine.name, [*notes, *more_notes, *machine_notes(config)])
+    notes += [*more_notes, *notes_on_policy(policy, t), *machine_notes(config)]
+    log = open_log(config, resume, state, engine.name, notes)
     checkpoints.tidy()  # not before everything was read: until here a damaged run is as it was
     if log.lost_evaluation:
         state = replace(state, evaluated_step=None)
@@ -135,6 +149,7 @@ def build_learner(
     t = config.training
     seed_everything(t.seed)
     policy = load_policy(model_path, t)
+    head_of(policy, t.head_dtype)  # refuses a head that cannot be in float32, before anything is sampled
     optimizer = build_optimizer(policy, t)
     engine = build_engine(config, policy, tokenizer, longest_prompt=longest_prompt)
     if t.try_longest_microbatch and t.device.startswith("cuda"):  # on the CPU the system ends a process without a word
@@ -167,7 +182,22 @@ def notes_on_policy(policy: PreTrainedModel, training: Training) -> list[str]:
             f"{name} does more to its logits than a matrix product, a scale and a cap: log-probs are computed from "
             "full logits, which takes more memory"
         )
-    return notes
+    return [*notes, *notes_on_precision(policy, training)]
+
+
+def notes_on_precision(policy: PreTrainedModel, training: Training) -> Iterator[str]:
+    """Whether bfloat16 will round most updates away, counted on the loaded weights."""
+    weights = [parameter for parameter in trainable(policy) if parameter.dtype == torch.bfloat16]
+    if not weights or training.optimizer_name == "adamw8bit_master":
+        return
+    share = share_that_can_move(weights, training.learning_rate)
+    if share < MOST_ARE_LOST:
+        yield (
+            f"training.learning_rate = {training.learning_rate:g} with dtype bfloat16: at most {100 * share:.2g} % of "
+            "the weights will move (train/frac_weights_moved), as a step is rounded away where a weight is larger than "
+            f"{LOST_ABOVE} times the rate; set training.optimizer=adamw8bit_master (2 bytes per weight more than "
+            "adamw8bit), or training.dtype=float32 with training.autocast_dtype=bfloat16"
+        )
 
 
 def find_checkpoint(config: Config, resume: bool, allow_changes: bool) -> Path | None:

@@ -100,6 +100,7 @@ def compare_log_probs(
             temperature=engine.sampling.temperature,
             chunk_size=config.training.log_prob_chunk_size,
             vocabulary_size=vocabulary_size,
+            head_dtype=config.training.head_dtype,
         )
     gap = log_prob_gap(batch.sampler_log_probs, trainer_log_probs.cpu(), mask, engine.sampling.top_p)
     mean, largest, tolerance = gap.mean().item(), gap.max().item(), tolerance_of(config)

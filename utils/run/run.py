@@ -14,6 +14,7 @@ from configs.defaults import Config
 from utils.algorithm.advantages import zero_std_groups
 from utils.algorithm.batch import TrainBatch
 from utils.algorithm.groups import GroupCollector
+from utils.algorithm.loss_scale import loss_scale_metrics
 from utils.algorithm.statistics import UpdateResult
 from utils.log.files import CannotWrite
 from utils.log.run_log import RunLog
@@ -76,7 +77,8 @@ class Run:
     def end(self, status: Status) -> Status:
         """Print how the run ended, where its files are, and what to do next; closes the log."""
         t, output_dir = self.config.training, Path(self.config.paths.output_dir)
-        narrow = "" if t.dtype == "float32" else "too narrow a dtype (try training.dtype=float32), "
+        wider = {"float16": "autocast_dtype=bfloat16", "bfloat16": "dtype=float32"}.get(t.autocast_dtype or t.dtype)
+        narrow = f"too narrow a dtype (try training.{wider}), " if wider else ""
         name, detail = {
             Status.ERROR: ("failed", f"the last steps are on no disk: {self.checkpoints.failure}"),
             Status.FINISHED: ("finished", f"all {t.n_grpo_steps} GRPO steps are done"),
@@ -127,6 +129,7 @@ class Run:
             **self._grading_metrics(),
             **groups.metrics(),
             "learning_rate": self.learner.optimizer.param_groups[0]["lr"],
+            **loss_scale_metrics(self.learner.optimizer),
             **self.meter.finish(groups.n_sampled_tokens),
         }
         written = self.log.train_step(step, {"optimizer_step": optimizer_step, **metrics})

@@ -8,11 +8,12 @@ from configs.defaults import Training
 from utils.algorithm.batch import make_train_batch, take_microbatch
 from utils.algorithm.log_probs import policy_log_probs
 from utils.algorithm.policy import trainable
+from utils.preflight.memory_estimate import optimizer_state_bytes
 from utils.records import Problem, Prompt, Rollout
 
 KNOBS = (
     "training.gradient_accumulation_steps (more), training.max_tokens_per_microbatch (fewer), training.max_tokens, "
-    "training.log_prob_chunk_size, training.use_gradient_checkpointing, training.use_bnb_adamw8bit, "
+    "training.log_prob_chunk_size, training.use_gradient_checkpointing, training.optimizer, "
     "vllm.gpu_memory_utilization"
 )
 
@@ -57,5 +58,5 @@ def try_longest_microbatch(policy: torch.nn.Module, training: Training, longest_
 
 
 def optimizer_bytes(policy: torch.nn.Module, training: Training) -> int:
-    """What AdamW's two moments will take: a byte each in 8 bits, the weight's dtype otherwise."""
-    return sum(2 * p.numel() * (1 if training.use_bnb_adamw8bit else p.element_size()) for p in trainable(policy))
+    """What the optimizer's state will take, as the estimate counts it."""
+    return optimizer_state_bytes(sum(p.numel() for p in trainable(policy)), training)
