@@ -57,10 +57,12 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as play-scripts/make_tiny.py makes it."""
+    import forked
+
     script = Path(__file__).parents[1] / "play-scripts" / "make_tiny.py"
 
     def make(folder: Path) -> None:
-        subprocess.run([sys.executable, str(script), "--output", str(folder)], check=True)
+        forked.run([sys.executable, script, "--output", folder]).check_returncode()
 
     return made_once(tmp_path_factory, "tiny_world", make)
 

@@ -1,4 +1,4 @@
-"""The quickstart's command in a process of its own, on a world that a test names."""
+"""The quickstart's command in a fork of the test's process, on a world that a test names."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+
+import forked
 
 ROOT = Path(__file__).parents[1]
 
@@ -20,7 +22,7 @@ def command_line(world: Path, output: Path, *overrides: str) -> list[str]:
 
 
 def train(world: Path, output: Path, *overrides: str) -> subprocess.CompletedProcess:
-    return subprocess.run(command_line(world, output, *overrides), capture_output=True, text=True, cwd=ROOT)
+    return forked.run(command_line(world, output, *overrides), cwd=ROOT)
 
 
 def rows(output: Path) -> list[dict]:

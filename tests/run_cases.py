@@ -11,15 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from forked import write_to
 from safetensors.torch import load_file
-from transformers.utils.logging import disable_progress_bar
 
 import train_grpo
-import utils.run.build  # noqa: F401 (forked processes then need not import it)
 from utils import tiny
 from utils.run.checkpoint import OPTIMIZER_FILE, STATE_FILE
 
-disable_progress_bar()  # its lock is shared with forked processes: one killed while it holds it blocks all others
 N_STEPS = 6
 PROBLEMS = [{"problem": f"{i}", "answer": str(1 + i % 2)} for i in range(20)]
 
@@ -75,9 +73,7 @@ def _train(options: list[str], before: Callable[[], None] | None) -> None:
     os.setsid()
     torch.set_num_threads(1)
     with printed_file(output_of(options)).open("a") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)  # not pytest's
+        write_to(file, file)
     if before is not None:
         before()
     sys.exit(int(train_grpo.main(options)))

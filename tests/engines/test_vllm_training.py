@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 import pytest
-from engine_cases import needs_vllm_cpu
+from engine_cases import import_vllm, needs_vllm_cpu
 from quickstart_cases import rows, train
 
 pytestmark = [needs_vllm_cpu, pytest.mark.slow]
@@ -19,6 +19,7 @@ def test_both_engines_reach_the_same_reward(tiny_world: Path, tmp_path: Path) ->
     after eight steps had a standard deviation of 0.035, the difference of two 0.05. Four standard errors of a
     difference are 0.15.
     """
+    import_vllm()
     evaluated = {}
     for engine in ("transformers", "vllm"):
         output = tmp_path / engine

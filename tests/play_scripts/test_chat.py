@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -17,7 +18,7 @@ def chat(model: Path, *arguments: str, typed: str = "") -> subprocess.CompletedP
         "--config", str(ROOT / "configs" / "quickstart.yaml"),
         f"paths.prompt_template_file={ROOT / 'data' / 'tiny.prompt'}", *arguments,
     ]  # fmt: skip
-    return subprocess.run(command, capture_output=True, text=True, input=typed)
+    return forked.run(command, input=typed)
 
 
 @pytest.mark.slow
