@@ -55,6 +55,17 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def one_layer_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `tiny_model_dir`, with one layer: for what is compiled, which takes seconds per layer."""
+
+    def make(folder: Path) -> None:
+        tiny.build_model(seed=0, n_layers=1).save_pretrained(folder)
+        tiny.build_tokenizer().save_pretrained(folder)
+
+    return made_once(tmp_path_factory, "one_layer_model", make)
+
+
+@pytest.fixture(scope="session")
 def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as play-scripts/make_tiny.py makes it."""
     import forked

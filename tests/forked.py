@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM, 
 from transformers.utils.logging import disable_progress_bar
 
 import train_grpo  # noqa: F401
+import utils.plots.figures
 import utils.run.build  # noqa: F401 (forked processes then need not import it)
 
 disable_progress_bar()  # its lock is shared with forked processes: one killed while it holds it blocks all others
