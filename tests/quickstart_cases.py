@@ -13,10 +13,11 @@ ROOT = Path(__file__).parents[1]
 
 
 def command_line(world: Path, output: Path, *overrides: str) -> list[str]:
+    template = world / "prompt" if (world / "prompt").exists() else ROOT / "data" / "tiny.prompt"
     return [
         sys.executable, str(ROOT / "train_grpo.py"), "--config", str(ROOT / "configs" / "quickstart.yaml"),
         f"paths.train_data_file={world}/train.jsonl", f"paths.val_data_file={world}/validation.jsonl",
-        f"paths.prompt_template_file={ROOT}/data/tiny.prompt", f"paths.model_path={world}/model",
+        f"paths.prompt_template_file={template}", f"paths.model_path={world}/model",
         f"paths.output_dir={output}", *overrides,
     ]  # fmt: skip
 

@@ -25,6 +25,9 @@ PROBLEMS = [{"problem": f"{i}", "answer": str(1 + i % 2)} for i in range(20)]
 def make_world(folder: Path) -> None:
     """Data, a template, and a model that has learned the format and guesses the answer: 1 or 2."""
     (folder / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PROBLEMS))
+    for name in ("train", "validation"):  # the same answer to every problem: something to learn in a few steps
+        rows = [{"problem": f"{i}", "answer": "1"} for i in range(10)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "prompt").write_text("{question}<think>")
     tokenizer, model = tiny.build_tokenizer(), tiny.build_model(0, n_layers=1)
     texts = [f"{i}<think></think> <answer>{answer}</answer>" for i in range(10) for answer in (1, 2)]

@@ -16,14 +16,8 @@ SCRIPT = Path(__file__).parents[2] / "play-scripts/bench/gpu_report.py"
 
 @pytest.mark.slow
 def test_every_stage_runs_on_the_cpu_with_a_tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Here, each stage in a fork of this process; the runs that a stage starts, and the tests, are new processes."""
-    in_new_process = subprocess.run
-
-    def run(command: list[str], **options: object) -> subprocess.CompletedProcess:
-        is_stage = Path(command[1]).name == "gpu_stages.py"
-        return (forked.run if is_stage else in_new_process)(command, **options)
-
-    monkeypatch.setattr(subprocess, "run", run)
+    """Here; the stages, and the runs that they start, in forks of this process."""
+    monkeypatch.setattr(subprocess, "Popen", forked.popen_of("gpu_stages.py"))
     monkeypatch.syspath_prepend(SCRIPT.parent)
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--tiny", "--steps", "2", "--output", str(tmp_path)])
     assert runpy.run_path(str(SCRIPT))["main"]() == 0, (tmp_path / "README.md").read_text()
