@@ -105,7 +105,8 @@ def checkpoint_config(options: argparse.Namespace) -> Config:
     config, origins = load_config_and_origins(files, [*whole, *options.overrides])
     config, _ = fit_to_card(config, origins)
     # nothing is trained, so what training needs may be missing here
-    config.training = replace(config.training, use_bnb_adamw8bit=False, use_gradient_checkpointing=False)
+    unused = {"use_bnb_adamw8bit": False, "use_gradient_checkpointing": False, "trackers": [], "wandb_project": ""}
+    config.training = replace(config.training, **unused)
     return config
 
 

@@ -137,6 +137,12 @@ def test_numbers_as_people_write_them() -> None:
         ("training:\n  gradient_accumulation_steps: 100\n", r"does not divide into microbatches"),
         ("training:\n  min_tokens: 2000\n", r"min_tokens = 2000 .*max_tokens = 1024 .* lower min_tokens"),
         ("training:\n  group_size: 1\n", r"every advantage is 0"),
+        (
+            "training:\n  trackers: [wandb, tensorbord]\n",
+            r"trackers = .*bad\.yaml:2\): choose .* wandb, trackio, tensorboard",
+        ),
+        ("training:\n  trackers: [wandb, wandb]\n", r"trackers = .* each tracker once"),
+        ("training:\n  wandb_project: me/p\n", r"wandb_project = 'me/p' .* none of /"),
         ("training:\n  device: gpu\n", r"device = 'gpu' .* must be cpu, cuda, or cuda:N"),
         ("training:\n  autocast_dtype: bfloat16\n", r"autocast is for float32 weights"),
         ("training:\n  system_prompt: Hi\n", r"only read with a chat template"),

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from configs.defaults import Config, Paths
+from configs.defaults import Config, Paths, Training
 from utils.preflight import hub
 from utils.preflight.config import save_config
 from utils.preflight.machine import host_memory
@@ -44,6 +44,16 @@ def model_in(folder: Path, **tokenizer: object) -> Config:
 
 def lines_about(config: Config, key: str) -> list[str]:
     return [line for line in shortfalls(config) if line.startswith(key)]
+
+
+def test_a_tracker_whose_package_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    wanted = Config(training=Training(trackers=["trackio"], use_bnb_adamw8bit=False))
+    (line,) = lines_about(wanted, "the tracker trackio")
+    assert 'pip install -e ".[trackers]"' in line
+    (line,) = lines_about(Config(training=Training(wandb_project="p")), "the tracker wandb")
+    assert "pip install wandb" in line
+    assert lines_about(Config(), "the tracker") == []
 
 
 def test_the_command_tells_mistakes_in_one_line_with_status_2(tmp_path: Path) -> None:
@@ -226,7 +236,7 @@ def online(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    hub._answers.cache_clear()
+    hub.answers.cache_clear()
     return monkeypatch
 
 

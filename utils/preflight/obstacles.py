@@ -41,6 +41,8 @@ HOW_TO_INSTALL = {
     "flash_attn": "pip install flash-attn --no-build-isolation",
     "flash_attn_interface": "build FlashAttention 3 from its repository",
     "wandb": "pip install wandb",
+    "trackio": 'pip install -e ".[trackers]"',
+    "tensorboard": 'pip install -e ".[trackers]"',
 }
 
 
@@ -131,7 +133,7 @@ def _missing_packages(t: Training) -> Iterator[str]:
             "attention_type flash_attention_3",
             "or sdpa",
         ),
-        ("wandb", bool(t.wandb_project), "training.wandb_project", "or empty it"),
+        *((name, True, f"the tracker {name}", "or leave it out of training.trackers") for name in t.tracker_names),
     ]
     for package, is_needed, what, remedy in needs:
         if is_needed and importlib.util.find_spec(package) is None:
