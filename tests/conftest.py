@@ -30,6 +30,12 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first: at the end of a parallel run no process then waits long for another's last."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
     """A folder that `make` fills, once for all processes of pytest-xdist. Treat it as read-only."""
     base = factory.getbasetemp()
@@ -55,12 +61,25 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def one_layer_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `tiny_model_dir`, with one layer: for what is compiled, which takes seconds per layer."""
+
+    def make(folder: Path) -> None:
+        tiny.build_model(seed=0, n_layers=1).save_pretrained(folder)
+        tiny.build_tokenizer().save_pretrained(folder)
+
+    return made_once(tmp_path_factory, "one_layer_model", make)
+
+
+@pytest.fixture(scope="session")
 def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as play-scripts/make_tiny.py makes it."""
+    import forked
+
     script = Path(__file__).parents[1] / "play-scripts" / "make_tiny.py"
 
     def make(folder: Path) -> None:
-        subprocess.run([sys.executable, str(script), "--output", str(folder)], check=True)
+        forked.run([sys.executable, script, "--output", folder]).check_returncode()
 
     return made_once(tmp_path_factory, "tiny_world", make)
 

@@ -146,6 +146,12 @@ def preserved_environment() -> Iterator[None]:
     os.environ.update(before)
 
 
+def import_vllm() -> None:
+    """Import vLLM into this process, before forks that need it: it takes five seconds."""
+    with preserved_environment():
+        import utils.engines.vllm_engine  # noqa: F401
+
+
 def start(config: Config, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **rule: object) -> RolloutEngine:
     """A vLLM engine."""
     from utils.engines.vllm_engine import VllmEngine

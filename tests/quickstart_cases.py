@@ -1,4 +1,4 @@
-"""The quickstart's command in a process of its own, on a world that a test names."""
+"""The quickstart's command in a fork of the test's process, on a world that a test names."""
 
 from __future__ import annotations
 
@@ -7,20 +7,23 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
+
 ROOT = Path(__file__).parents[1]
 
 
 def command_line(world: Path, output: Path, *overrides: str) -> list[str]:
+    template = world / "prompt" if (world / "prompt").exists() else ROOT / "data" / "tiny.prompt"
     return [
         sys.executable, str(ROOT / "train_grpo.py"), "--config", str(ROOT / "configs" / "quickstart.yaml"),
         f"paths.train_data_file={world}/train.jsonl", f"paths.val_data_file={world}/validation.jsonl",
-        f"paths.prompt_template_file={ROOT}/data/tiny.prompt", f"paths.model_path={world}/model",
+        f"paths.prompt_template_file={template}", f"paths.model_path={world}/model",
         f"paths.output_dir={output}", *overrides,
     ]  # fmt: skip
 
 
 def train(world: Path, output: Path, *overrides: str) -> subprocess.CompletedProcess:
-    return subprocess.run(command_line(world, output, *overrides), capture_output=True, text=True, cwd=ROOT)
+    return forked.run(command_line(world, output, *overrides), cwd=ROOT)
 
 
 def rows(output: Path) -> list[dict]:

@@ -12,15 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from forked import write_to
 from safetensors.torch import load_file
-from transformers.utils.logging import disable_progress_bar
 
 import train_grpo
-import utils.run.build  # noqa: F401 (forked processes then need not import it)
 from utils import tiny
 from utils.run.checkpoint import OPTIMIZER_FILE, STATE_FILE
 
-disable_progress_bar()  # its lock is shared with forked processes: one killed while it holds it blocks all others
 N_STEPS = 6
 PROBLEMS = [{"problem": f"{i}", "answer": str(1 + i % 2)} for i in range(20)]
 
@@ -28,6 +26,9 @@ PROBLEMS = [{"problem": f"{i}", "answer": str(1 + i % 2)} for i in range(20)]
 def make_world(folder: Path) -> None:
     """Data, a template, and a model that has learned the format and guesses the answer: 1 or 2."""
     (folder / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PROBLEMS))
+    for name in ("train", "validation"):  # the same answer to every problem: something to learn in a few steps
+        rows = [{"problem": f"{i}", "answer": "1"} for i in range(10)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "prompt").write_text("{question}<think>")
     tokenizer, model = tiny.build_tokenizer(), tiny.build_model(0, n_layers=1)
     texts = [f"{i}<think></think> <answer>{answer}</answer>" for i in range(10) for answer in (1, 2)]
@@ -76,9 +77,7 @@ def _train(options: list[str], before: Callable[[], None] | None) -> None:
     os.setsid()
     torch.set_num_threads(1)
     with printed_file(output_of(options)).open("a") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)  # not pytest's
+        write_to(file, file)
     if before is not None:
         before()
     sys.exit(int(train_grpo.main(options)))

@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from hypothesis import given
@@ -113,7 +114,7 @@ def test_messy_demonstrations_are_wrong_and_malformed_as_often_as_asked() -> Non
 
 def make_tiny(*options: str | Path) -> subprocess.CompletedProcess:
     command = [sys.executable, REPOSITORY / "play-scripts" / "make_tiny.py", *map(str, options)]
-    return subprocess.run(command, capture_output=True, text=True)
+    return forked.run(command)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import forked
 import pytest
 
 from utils.ablations import jobs as ablation_jobs
@@ -116,15 +117,18 @@ def status_of(folder: Path) -> str:
 
 
 def child_in(runner: subprocess.Popen, folder: Path) -> int:
-    """The process id of the training run that writes to a folder."""
+    """The process id of the training run that writes to a folder, and holds its lock."""
     for pid in Path(f"/proc/{runner.pid}/task/{runner.pid}/children").read_text().split():
-        if f"paths.output_dir={folder}".encode() in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
+        if folder / ".lock" in [file.readlink() for file in Path(f"/proc/{pid}/fd").iterdir()]:
             return int(pid)
     raise AssertionError(f"no run in {folder}")
 
 
 @pytest.mark.slow
-def test_runs_killed_and_stopped_go_on_and_end_with_a_report(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_runs_killed_and_stopped_go_on_and_end_with_a_report(
+    world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(subprocess, "Popen", forked.popen_of("run_ablations.py", "train_grpo.py"))
     add_config(world, "sweep/slow", "training: {learning_rate: 1e-4}")
     add_config(world, "sweep/other", "training: {learning_rate: 1e-5}")
     add_config(world, "twin/same", "training: {learning_rate: 1e-5}")

@@ -17,12 +17,12 @@ from utils.algorithm.policy import load_policy
 
 
 @pytest.mark.slow
-def test_packed_microbatches_of_many_lengths_take_one_graph(tiny_model_dir: Path) -> None:
+def test_packed_microbatches_of_many_lengths_take_one_graph(one_layer_model_dir: Path) -> None:
     """By inductor, forward and backward, without a break or a second compilation after the first lengths."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     plain, compiled = (
-        load_policy(str(tiny_model_dir), replace(ON_POLICY, attention_type="sdpa", use_compile=compiles))
+        load_policy(str(one_layer_model_dir), replace(ON_POLICY, attention_type="sdpa", use_compile=compiles))
         for compiles in (False, True)
     )
     assert is_packable(compiled)

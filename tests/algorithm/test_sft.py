@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -138,7 +139,7 @@ def test_bad_rows(tmp_path: Path, line: str, complaint: str) -> None:
 
 
 def sft(*arguments: str | Path | int) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], capture_output=True, text=True)
+    return forked.run([sys.executable, SCRIPT, *map(str, arguments)])
 
 
 @pytest.mark.slow

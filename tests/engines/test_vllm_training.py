@@ -2,38 +2,30 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import pytest
-from engine_cases import needs_vllm_cpu
+from engine_cases import import_vllm, needs_vllm_cpu
 from quickstart_cases import rows, train
 
 pytestmark = [needs_vllm_cpu, pytest.mark.slow]
 
 
-def test_both_engines_reach_the_same_reward(tiny_world: Path, tmp_path: Path) -> None:
-    """Eight steps raise the reward by some eight standard errors of an evaluation, with either engine.
+def test_both_engines_reach_the_same_reward(world: Path, tmp_path: Path) -> None:
+    """Eight steps raise the reward from a half, its first guesses, to nearly 1, with either engine.
 
-    The two sample other responses, so that they differ as two seeds do: over three seeds with each engine, the reward
-    after eight steps had a standard deviation of 0.035, the difference of two 0.05. Four standard errors of a
-    difference are 0.15.
+    A step's reward is the mean of 256 responses, so at a half it has a standard error of 0.03.
     """
-    evaluated = {}
+    import_vllm()
+    rewards = {}
     for engine in ("transformers", "vllm"):
         output = tmp_path / engine
         short = ("training.n_grpo_steps=8", "training.eval_interval=8", "training.min_tokens=0")
-        done = train(tiny_world, output, *short, f"training.rollout_engine={engine}")
+        done = train(world, output, *short, "training.learning_rate=1e-3", f"training.rollout_engine={engine}")
         assert done.returncode == 0, done.stderr
-        before, after = (row for row in rows(output) if "eval_step" in row)
-        assert after["eval/reward"] - before["eval/reward"] > 4 * standard_error_of_difference(before, after)
-        evaluated[engine] = after
+        rewards[engine] = [row["train/reward"] for row in rows(output) if "grpo_step" in row]
         checked = [row for row in rows(output) if "train/check_max_diff" in row]
         assert len(checked) == (engine == "vllm")  # it was vLLM that sampled, and from the policy's weights
-    ours, theirs = evaluated.values()
-    assert abs(ours["eval/reward"] - theirs["eval/reward"]) < 4 * standard_error_of_difference(ours, theirs)
-
-
-def standard_error_of_difference(one: dict, other: dict) -> float:
-    """Of two evaluations taken as independent, although they are on the same problems: rather too large."""
-    return math.hypot(one["eval/reward_std_error"], other["eval/reward_std_error"])
+    for first, *_, last in rewards.values():
+        assert 0.35 < first < 0.65 and last > 0.9
+    assert abs(rewards["transformers"][-1] - rewards["vllm"][-1]) < 0.1

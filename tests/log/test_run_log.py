@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
 import os
-import pty
 import random
 import re
 import signal
@@ -16,18 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from utils.log import console as console_module
 from utils.log.files import (
-    UNFINISHED,
     CannotWrite,
     cut_rows,
     encode_row,
-    git_state,
     package_versions,
     read_rows,
     save_run_info,
-    whole_folder,
-    write_atomically,
 )
 from utils.log.metrics import METRICS, metrics_table
 from utils.log.run_log import RunLog
@@ -102,12 +95,6 @@ def test_rows_hold_axis_time_and_values(tmp_path: Path) -> None:
     assert 0 <= times[0] <= times[1]
     status = json.loads((tmp_path / "status.json").read_text())
     assert (status["status"], status["grpo_step"], status["detail"]) == ("finished", 1, "")
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_nonfinite_values_are_strict_json_and_named(value: float) -> None:
-    row = json.loads(encode_row({"grpo_step": 3, "train/loss": value, "train/reward": 0.5}))
-    assert row == {"grpo_step": 3, "train/loss": None, "train/reward": 0.5, "nonfinite": {"train/loss": str(value)}}
 
 
 def test_unknown_or_misplaced_metric_raises(tmp_path: Path) -> None:
@@ -275,80 +262,6 @@ def test_endings(tmp_path: Path) -> None:
     assert "out of memory" in json.loads((tmp_path / "failed" / "status.json").read_text())["detail"]
 
 
-def test_plain_lines_without_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with RunLog(tmp_path, n_grpo_steps=100) as log:
-        log.train_step(7, {"reward": 0.5, "loss": math.nan, "tokens_per_second": 12345.6})
-        log.note("x" * 300)
-        log.warn("[bold]as it is[/bold]")
-    assert capsys.readouterr().out.splitlines() == [
-        "step   7/100  reward 0.500  loss nan  tokens/s 12,346  left 0:00:00",
-        "x" * 300,
-        "warning: [bold]as it is[/bold]",
-    ]
-
-
-def test_on_policy_the_share_of_groups_with_a_signal_stands_in_for_the_loss(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    metrics = {"reward": 0.5, "loss": 1e-9, "frac_zero_std_groups": 0.25}
-    with RunLog(tmp_path, n_grpo_steps=2) as log:
-        log.train_step(1, metrics | {"mean_ratio": 1.0})
-        log.train_step(2, metrics | {"mean_ratio": 1.01})
-    first, second = capsys.readouterr().out.splitlines()
-    assert "groups with a signal 75%" in first and "loss" not in first
-    assert "groups with a signal 75%" in second and "loss 1e-09" in second
-
-
-def test_time_left_is_told_without_a_terminal(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clock = [100.0]
-    monkeypatch.setattr(console_module.time, "monotonic", lambda: clock[0])
-    with RunLog(tmp_path, n_grpo_steps=10) as log:
-        clock[0] = 400.0
-        log.evaluation(0, {"reward": 0.5})  # not counted
-        for step, now in ((1, 430.0), (2, 440.0), (10, 500.0)):
-            clock[0] = now
-            log.train_step(step, {"reward": 0.5})
-    left = [line.partition("  left ")[2] for line in capsys.readouterr().out.splitlines()[1:]]
-    assert left == ["0:04:30", "0:02:40", ""]  # 30 s for 9 steps each, 20 s for 8 each
-
-
-def test_progress_bar_in_a_terminal(tmp_path: Path) -> None:
-    code = """
-import sys
-from pathlib import Path
-from utils.log.run_log import RunLog
-with RunLog(Path(sys.argv[1]), n_grpo_steps=3) as log:
-    for step in (1, 2, 3):
-        log.train_step(step, {"reward": step / 4})
-    log.evaluation(3, {"reward": 0.875})
-    log.end_progress()
-    log.note("what to try next")
-"""
-    master, slave = pty.openpty()
-    env = os.environ | {"TERM": "xterm", "COLUMNS": "120"}
-    child = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=slave, stderr=slave, env=env)
-    os.close(slave)
-    shown = b""
-    while True:
-        try:
-            piece = os.read(master, 65536)
-        except OSError:  # how a Linux terminal says that nobody writes to it any more
-            break
-        if not piece:
-            break
-        shown += piece
-    os.close(master)
-    assert child.wait() == 0
-    text = shown.decode()
-    assert "step 2/3  reward 0.500" in text
-    bars, _, ending = text[text.rindex("eval reward 0.875") :].partition("\x1b[?25h")  # the cursor is back
-    assert "3/3" in bars
-    assert "left" in bars
-    assert " ".join(ending.split()) == "what to try next"  # below the bar, and nothing after it
-
-
 def test_run_info(tmp_path: Path) -> None:
     code = """
 import sys
@@ -364,58 +277,6 @@ print(sorted({"torch", "transformers", "vllm", "wandb", "numpy"} & set(sys.modul
     assert [launch["seed"] for launch in launches] == [7, 8]
     assert launches[0]["packages"]["torch"] == torch.__version__ == package_versions()["torch"]
     assert str(tmp_path) in launches[0]["command"]
-
-
-def test_git_state(tmp_path: Path) -> None:
-    assert git_state(tmp_path) == {"commit": None, "dirty": None}
-    git = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e"]
-    subprocess.run([*git, "init", "-q"], check=True)
-    (tmp_path / "file").write_text("1")
-    subprocess.run([*git, "add", "file"], check=True)
-    subprocess.run([*git, "commit", "-qm", "first"], check=True)
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
-    assert git_state(tmp_path) == {"commit": commit, "dirty": False}
-    (tmp_path / "file").write_text("2")
-    assert git_state(tmp_path) == {"commit": commit, "dirty": True}
-
-
-def test_write_atomically_replaces(tmp_path: Path) -> None:
-    write_atomically(tmp_path / "f", "one")
-    write_atomically(tmp_path / "f", "two")
-    assert (tmp_path / "f").read_text() == "two"
-    assert list(tmp_path.iterdir()) == [tmp_path / "f"]
-
-
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
-    write_atomically(tmp_path / "f", "one")
-    with pytest.raises(UnicodeEncodeError):
-        write_atomically(tmp_path / "f", "\ud800")
-    assert (tmp_path / "f").read_text() == "one"
-    assert list(tmp_path.iterdir()) == [tmp_path / "f"]
-
-
-def test_a_folder_has_its_name_only_when_it_is_whole(tmp_path: Path) -> None:
-    folder = tmp_path / "folder"
-    with pytest.raises(RuntimeError), whole_folder(folder) as unfinished:
-        (unfinished / "f").write_text("half")
-        raise RuntimeError
-    assert list(tmp_path.iterdir()) == []
-    (tmp_path / f"{UNFINISHED}folder").mkdir()  # left by a process that was killed
-    (tmp_path / f"{UNFINISHED}folder" / "stale").touch()
-    with whole_folder(folder) as unfinished:
-        (unfinished / "f").write_text("whole")
-        assert not folder.exists()
-    assert [path.relative_to(tmp_path) for path in tmp_path.rglob("*")] == [Path("folder"), Path("folder/f")]
-
-
-@pytest.mark.parametrize("number", ["Infinity", "-Infinity", "NaN", "1e999"])
-def test_numbers_that_strict_json_lacks_make_a_line_no_row(tmp_path: Path, number: str) -> None:
-    path = tmp_path / "rollouts.jsonl"
-    lines = [f'{{"grpo_step": 1, "reward": {number}}}', '{"grpo_step": 2, "reward": 1.5}', "[" * 100_000]
-    path.write_text("".join(line + "\n" for line in lines))
-    rows, complaints = read_rows(path)
-    assert rows == [{"grpo_step": 2, "reward": 1.5}]
-    assert [text.partition(": ")[0] for text in complaints] == [f"{path}, line 1", f"{path}, line 3"]
 
 
 def test_rows_without_a_step_or_a_time_do_not_keep_a_run_from_going_on(tmp_path: Path) -> None:

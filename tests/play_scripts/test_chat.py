@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -17,12 +18,13 @@ def chat(model: Path, *arguments: str, typed: str = "") -> subprocess.CompletedP
         "--config", str(ROOT / "configs" / "quickstart.yaml"),
         f"paths.prompt_template_file={ROOT / 'data' / 'tiny.prompt'}", *arguments,
     ]  # fmt: skip
-    return subprocess.run(command, capture_output=True, text=True, input=typed)
+    return forked.run(command, input=typed)
 
 
 @pytest.mark.slow
-def test_a_trained_model_answers_in_its_format(tiny_world: Path) -> None:
-    done = chat(tiny_world / "model", "--greedy", typed="2+3=?\n4+4=?\n\nnever asked\n")
+def test_a_trained_model_answers_in_its_format(world: Path) -> None:
+    template = f"paths.prompt_template_file={world / 'prompt'}"
+    done = chat(world / "model", "--greedy", template, typed="2\n4\n\nnever asked\n")
     assert done.returncode == 0, done.stderr
     responses = [line for line in done.stdout.splitlines() if "</think> <answer>" in line]
     assert len(responses) == 2

@@ -131,7 +131,7 @@ HEAD = """
 import json, torch
 from utils.algorithm.log_probs import chunked_log_probs
 from utils.run.memory_tracker import MemoryTracker
-tokens, vocabulary, hidden, dtype = 600, 60_000, 384, getattr(torch, {dtype!r})
+tokens, vocabulary, hidden, dtype = 200, 60_000, 384, getattr(torch, {dtype!r})
 states = torch.randn(tokens, hidden).to(dtype).requires_grad_()
 weight = torch.randn(vocabulary, hidden).to(dtype).requires_grad_()
 labels = torch.randint(vocabulary, (tokens,))
@@ -139,7 +139,7 @@ chunked_log_probs(states[:9], weight[:100], labels[:9] % 100, chunk_size=8, with
 weight.grad = None
 tracker = MemoryTracker("cpu")
 before = tracker.mark("before")
-chunked_log_probs(states, weight, labels, chunk_size=256, with_entropy=True)[0].sum().backward()
+chunked_log_probs(states, weight, labels, chunk_size=128, with_entropy=True)[0].sum().backward()
 print(json.dumps(tracker.mark("after") - before))
 """
 
@@ -148,8 +148,8 @@ print(json.dumps(tracker.mark("after") - before))
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_memory_of_the_head(dtype):
     sizes = SMALL | {"vocab_size": 60_000, "hidden_size": 384}
-    config = make_config(log_prob_chunk_size=256, dtype=dtype)
-    expected = estimate_peak_memory(sizes, config, 600)["log_probs"]
+    config = make_config(log_prob_chunk_size=128, dtype=dtype)
+    expected = estimate_peak_memory(sizes, config, 200)["log_probs"]
     # processors that multiply bfloat16 themselves work on a rearranged copy of the weights, which no tensor holds
     rearranged = 60_000 * 384 * 2 if dtype == "bfloat16" else 0
     command = [sys.executable, "-c", HEAD.format(dtype=dtype)]

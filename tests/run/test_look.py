@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 from quickstart_cases import rows, train
 
@@ -167,12 +167,12 @@ def test_the_command(tiny_model_dir: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "play-scripts" / "probe.py")]
     options = ["--config", str(ROOT / "configs" / "quickstart.yaml"), f"paths.val_data_file={data}"]
     options += [f"paths.prompt_template_file={ROOT / 'data' / 'tiny.prompt'}", f"paths.model_path={tiny_model_dir}"]
-    done = subprocess.run([*command, *options, "--responses", "16"], capture_output=True, text=True, cwd=tmp_path)
+    done = forked.run([*command, *options, "--responses", "16"], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "16 responses, 8 to each of 2 validation problems" in done.stdout
     assert "in the asked-for format         0.0%  0 of 16" in done.stdout
     assert "why 16 of 16 responses have no reward" in done.stdout
     assert list(tmp_path.iterdir()) == [data]
-    refused = subprocess.run([*command, *options, "paths.val_data_file=none.jsonl"], capture_output=True, text=True)
+    refused = forked.run([*command, *options, "paths.val_data_file=none.jsonl"])
     assert (refused.returncode, refused.stdout) == (2, "")
     assert "paths.val_data_file = 'none.jsonl': no such file" in refused.stderr

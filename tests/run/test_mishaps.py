@@ -12,6 +12,7 @@ import resource
 import shutil
 import signal
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -31,42 +32,48 @@ from run_cases import (
 )
 from safetensors.torch import load_file
 
+import train_grpo
 from utils.algorithm import update
 from utils.engines import transformers_engine
 from utils.log import run_log
 from utils.log.checkpoints import OPTIMIZER_FILE, STATE_FILE, saved_checkpoints
 from utils.preflight import disk
 from utils.run import guard
-from utils.run.ending import Status
+from utils.run.checkpoint import Checkpoints
+from utils.run.ending import Status, TimeLimit
 
 pytestmark = pytest.mark.slow
 
 
+def fill_disk_for_three_saves(checkpoints: Path) -> None:
+    """In a training process: from step 3 on files are cut off at 100 kB, until three saves have failed."""
+    original, failures = Checkpoints.save, []
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def save(self, state, *args, **options):
+        is_full = state.steps_done > 2 and len(failures) < 3
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000 if is_full else hard, hard))
+        failure = original(self, state, *args, **options)
+        if failure is not None:
+            failures.append(failure)
+            load_file(checkpoints / "last" / "model.safetensors")
+        return failure
+
+    Checkpoints.save = save
+
+
 def test_a_full_disk_costs_checkpoints_but_not_the_run(world, tmp_path):
-    """From step 2 on files are cut off at 100 kB, less than the weights take, until saves have failed three times."""
-    options = ["training.n_grpo_steps=40", "training.eval_interval=40"]
+    """Files are cut off at less than the weights take, until saves have failed three times."""
+    options = ["training.n_grpo_steps=8", "training.eval_interval=8"]
     undisturbed, output = tmp_path / "undisturbed", tmp_path / "run"
     assert finish(arguments(world, undisturbed, *options)) == Status.FINISHED
-    process, checkpoints = launch(arguments(world, output, *options)), output / "checkpoints"
-    wait_for(process, lambda: (checkpoints / "step_000002").exists())
-    _, hard = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)
-    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100_000, hard))
-
-    def failures() -> list[str]:
-        warnings = [row["warning"] for row in rows_of(output / "warnings.jsonl")]
-        return [text for text in warnings if "was not saved" in text]
-
-    wait_for(process, lambda: len(failures()) >= 3)
-    assert len({text.split(" was not")[0] for text in failures()}) == len(failures())  # once for a step
-    assert load_file(checkpoints / "last" / "model.safetensors")
-    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (hard, hard))
-    process.join()
-    assert process.exitcode == Status.FINISHED
-    n_failures = len(failures())
-    assert n_failures >= 3
-    assert "MiB are free" in failures()[0]
-    assert int(checkpoints.joinpath("last").readlink().name[-6:]) == 40
-    assert n_failures < 38  # the warnings ended with the first save that succeeded
+    checkpoints = output / "checkpoints"
+    assert finish(arguments(world, output, *options), lambda: fill_disk_for_three_saves(checkpoints)) == Status.FINISHED
+    warnings = [row["warning"] for row in rows_of(output / "warnings.jsonl")]
+    failures = [text for text in warnings if "was not saved" in text]
+    assert len({text.split(" was not")[0] for text in failures}) == len(failures) == 3  # once for a step
+    assert "MiB are free" in failures[0]
+    assert (checkpoints / "last").readlink() == Path("step_000008")
     assert_equal_runs(output, undisturbed)
 
 
@@ -314,11 +321,17 @@ def test_several_in_a_row_stop_the_run_with_a_diagnosis(world, reference, tmp_pa
 
 
 def test_the_time_limit_ends_the_run_with_an_evaluation_and_a_save(world, tmp_path):
+    """By a clock that goes on by a second whenever it is read: seven steps are through after 7.2 seconds."""
     output = tmp_path / "run"
+
+    def tick() -> None:
+        train_grpo.TimeLimit = partial(TimeLimit, clock=itertools.count().__next__)
+
     options = ["training.n_grpo_steps=100000", "training.checkpoint_interval=null", "training.eval_interval=1000"]
-    assert finish(arguments(world, output, *options, "training.max_hours=0.003")) == Status.TIME_LIMIT
+    assert finish(arguments(world, output, *options, "training.max_hours=0.002"), tick) == Status.TIME_LIMIT
     steps, evaluated = trained_steps(output), [r["eval_step"] for r in metrics_of(output) if "eval_step" in r]
     assert steps == list(range(1, steps[-1] + 1))
+    assert 3 <= steps[-1] <= 8
     assert evaluated == [0, steps[-1]]
     assert (output / "checkpoints" / "last").readlink() == Path(f"step_{steps[-1]:06d}")
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import pty
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -73,9 +71,9 @@ def stat_fields(process: Path) -> list[str]:
 
 
 def test_killed_at_random_instants_and_resumed_it_ends_bit_identical(world, tmp_path):
-    """SIGKILL 24 times: half at a random instant, half around the writing of a checkpoint; no process stays behind."""
-    n_kills, rng = 24, random.Random(0)
-    options = ["training.n_grpo_steps=30", "training.eval_interval=3", "training.checkpoint_interval=2"]
+    """SIGKILL six times: half at a random instant, half around the writing of a checkpoint; no process stays behind."""
+    n_kills, rng = 6, random.Random(0)
+    options = ["training.n_grpo_steps=12", "training.eval_interval=3", "training.checkpoint_interval=2"]
     undisturbed, output = tmp_path / "undisturbed", tmp_path / "killed"
     started = time.monotonic()
     assert finish(arguments(world, undisturbed, *options)) == Status.FINISHED
@@ -85,13 +83,13 @@ def test_killed_at_random_instants_and_resumed_it_ends_bit_identical(world, tmp_
         return any((output / "checkpoints").glob(".saving-*"))
 
     kills = killed_while_saving = 0
-    while kills < n_kills or killed_while_saving < 4:
+    while kills < n_kills or killed_while_saving < 1:
         process = launch([*arguments(world, output, *options), *(["--resume"] if output.exists() else [])])
         if kills % 2:
             wait_for(process, saving)
             time.sleep(rng.uniform(0, 0.005))
         else:
-            process.join(timeout=rng.uniform(0, whole_run / 10))
+            process.join(timeout=rng.uniform(0, whole_run / 3))
         if process.exitcode is not None:  # done before its kill came: the machine has become faster meanwhile
             assert process.exitcode == Status.FINISHED, printed_file(output).read_text()
             shutil.rmtree(output)
@@ -103,15 +101,14 @@ def test_killed_at_random_instants_and_resumed_it_ends_bit_identical(world, tmp_
         wait_until_gone(process.pid)
     assert finish([*arguments(world, output, *options), "--resume"]) == Status.FINISHED
     print(f"{kills} kills, {killed_while_saving} of them while a checkpoint was being written")
-    assert trained_steps(output) == list(range(1, 31))
+    assert trained_steps(output) == list(range(1, 13))
     assert_equal_runs(output, undisturbed)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_ends_the_run_with_a_save_and_the_resumed_run_is_the_same(world, reference, tmp_path, number):
-    """At three different moments each: before the first step, in a step, and again after a resume."""
+def test_a_signal_ends_the_run_with_a_save_and_the_resumed_run_is_the_same(world, reference, tmp_path):
+    """At three different moments: before the first step, in a step, and again after a resume."""
     output, statuses = tmp_path / "run", []
-    for n_rows in (1, 2, 5):
+    for n_rows, number in ((1, signal.SIGINT), (2, signal.SIGTERM), (5, signal.SIGHUP)):
         options = [*arguments(world, output), *(["--resume"] if output.exists() else [])]
         process = launch(options, lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))
         wait_for(process, lambda n_rows=n_rows: len(rows_of(output / "metrics.jsonl")) >= n_rows)
@@ -178,7 +175,7 @@ def count_microbatches(counted: list[int], at: int, action: Callable[[], None]) 
 
 @pytest.mark.parametrize(
     ("microbatch", "saved_step"),
-    [(9, 1), (10, 1), (11, 2), (16, 2)],  # the first optimizer step of a GRPO step follows its second microbatch
+    [(10, 1), (11, 2), (16, 2)],  # the first optimizer step of a GRPO step follows its second microbatch
 )
 def test_a_signal_within_a_step_gives_it_up_or_finishes_it(world, reference, tmp_path, microbatch, saved_step):
     """Before its first optimizer step a GRPO step is given up; after it, finished: weights are those of whole steps."""
@@ -253,33 +250,6 @@ def test_a_longer_run_may_be_asked_for_and_a_resume_without_a_checkpoint_begins_
     assert finish([*arguments(world, empty), "--resume"]) == Status.FINISHED
     assert "from the beginning" in printed_file(empty).read_text()
     assert_equal_runs(empty, reference)
-
-
-@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
-def test_with_vllm_a_killed_run_ends_the_same(world, tmp_path):
-    """The whole command, killed as it saves, and ended in a step by a signal that lets it save."""
-    options = ["training.rollout_engine=vllm", "vllm.enforce_eager=true", "training.checkpoint_interval=2"]
-
-    def start(output: Path, *flags: str) -> subprocess.Popen:
-        command = [sys.executable, str(ROOT / "train_grpo.py"), *arguments(world, output, *options), *flags]
-        with printed_file(output).open("a") as file:
-            return subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
-
-    undisturbed, output = tmp_path / "undisturbed", tmp_path / "run"
-    assert start(undisturbed).wait() == Status.FINISHED, printed_file(undisturbed).read_text()
-    moments = [
-        (signal.SIGKILL, lambda: any((output / "checkpoints").glob(".saving-step_000004"))),
-        (signal.SIGTERM, lambda: trained_steps(output)[-1:] == [3]),
-    ]
-    for number, happened in moments:
-        process = start(output, *(["--resume"] if output.exists() else []))
-        while process.poll() is None and not happened():
-            time.sleep(0.002)
-        process.send_signal(number)
-        assert process.wait() == (Status.STOPPED_BY_SIGNAL if number == signal.SIGTERM else -number)
-    assert start(output, "--resume").wait() == Status.FINISHED
-    assert trained_steps(output) == list(range(1, N_STEPS + 1))
-    assert_equal_runs(output, undisturbed)
 
 
 def test_a_kill_with_refill_retirement_schedule_and_kl_on_leaves_no_trace(world, tmp_path):

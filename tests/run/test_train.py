@@ -1,4 +1,4 @@
-"""Whole training runs through the command that people type, on the tiny world."""
+"""Whole training runs of the quickstart's command and config, on a world that is learned in seconds."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def without_times(rows: list[dict]) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def finished_run(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished_run(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     options = ("min_tokens=0", "n_grpo_steps=12", "eval_interval=4", "checkpoint_interval=5")
 
     def make(folder: Path) -> None:
         output = folder / "whole"
-        done = train(tiny_world, output, *(f"training.{option}" for option in options))
+        done = train(world, output, *(f"training.{option}" for option in options))
         assert done.returncode == 0, done.stderr
         for word in ("metrics.jsonl", "rollouts.jsonl", "checkpoints/last", "checkpoints/best", "reward_curve.png"):
             assert str(output / word) in done.stdout
@@ -50,10 +50,10 @@ def finished_run(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.mark.slow
 def test_reward_rises(finished_run: Path) -> None:
-    rewards = {row["eval_step"]: row["eval/reward"] for row in rows(finished_run) if "eval_step" in row}
-    assert list(rewards) == [0, 4, 8, 12]
-    errors = [row["eval/reward_std_error"] for row in rows(finished_run) if "eval_step" in row]
-    assert rewards[12] > rewards[0] + 3 * max(errors)
+    assert [row["eval_step"] for row in rows(finished_run) if "eval_step" in row] == [0, 4, 8, 12]
+    first, *_, last = (row["train/reward"] for row in rows(finished_run) if "grpo_step" in row)
+    assert 0.35 < first < 0.65  # the mean of 256 guesses of 1 or 2, where 1 is right: with a standard error of 0.03
+    assert last > first + 0.15
 
 
 @pytest.mark.slow
@@ -73,8 +73,8 @@ def test_what_the_run_wrote(finished_run: Path) -> None:
 
 
 @pytest.mark.slow
-def test_checkpoints_load_and_differ_from_the_start(finished_run: Path, tiny_world: Path) -> None:
-    start = AutoModelForCausalLM.from_pretrained(tiny_world / "model")
+def test_checkpoints_load_and_differ_from_the_start(finished_run: Path, world: Path) -> None:
+    start = AutoModelForCausalLM.from_pretrained(world / "model")
     for name in ("best", "last"):
         folder = finished_run / "checkpoints" / name
         policy = AutoModelForCausalLM.from_pretrained(folder)
@@ -83,21 +83,21 @@ def test_checkpoints_load_and_differ_from_the_start(finished_run: Path, tiny_wor
 
 
 @pytest.mark.slow
-def test_same_seed_same_metrics_and_another_seed_others(tiny_world: Path, tmp_path: Path) -> None:
+def test_same_seed_same_metrics_and_another_seed_others(world: Path, tmp_path: Path) -> None:
     short = ("training.n_grpo_steps=3", "training.eval_interval=2", "training.max_val_examples=64")
     for name, seed in (("one", 1), ("again", 1), ("other", 2)):
-        assert train(tiny_world, tmp_path / name, *short, f"training.seed={seed}").returncode == 0
+        assert train(world, tmp_path / name, *short, f"training.seed={seed}").returncode == 0
     one, again, other = (without_times(rows(tmp_path / name)) for name in ("one", "again", "other"))
     assert one == again
     assert one != other
 
 
 @pytest.mark.slow
-def test_evaluating_and_logging_more_changes_nothing_that_is_trained(tiny_world: Path, tmp_path: Path) -> None:
+def test_evaluating_and_logging_more_changes_nothing_that_is_trained(world: Path, tmp_path: Path) -> None:
     short = ("training.n_grpo_steps=3", "training.max_val_examples=32")
-    assert train(tiny_world, tmp_path / "rarely", *short, "training.eval_interval=null").returncode == 0
+    assert train(world, tmp_path / "rarely", *short, "training.eval_interval=null").returncode == 0
     often = ("training.eval_interval=1", "training.n_rollouts_to_log=3")
-    assert train(tiny_world, tmp_path / "often", *short, *often).returncode == 0
+    assert train(world, tmp_path / "often", *short, *often).returncode == 0
     trained = [
         [row for row in without_times(rows(tmp_path / name)) if "grpo_step" in row] for name in ("rarely", "often")
     ]
@@ -105,12 +105,12 @@ def test_evaluating_and_logging_more_changes_nothing_that_is_trained(tiny_world:
 
 
 @pytest.mark.slow
-def test_off_policy_run_moves_the_ratio(tiny_world: Path, tmp_path: Path) -> None:
+def test_off_policy_run_moves_the_ratio(world: Path, tmp_path: Path) -> None:
     settings = (
         "training.n_grpo_steps=2", "training.eval_interval=null", "training.epochs_per_rollout_batch=2",
         "training.train_batch_size=64", "training.gradient_accumulation_steps=2", "training.learning_rate=1e-3",
     )  # fmt: skip
-    done = train(tiny_world, tmp_path / "run", *settings)
+    done = train(world, tmp_path / "run", *settings)
     assert done.returncode == 0, done.stderr
     last = rows(tmp_path / "run")[-1]
     assert last["optimizer_step"] == 16

@@ -18,7 +18,6 @@ from utils.algorithm.loss_scale import loss_scale_metrics
 from utils.algorithm.statistics import UpdateResult
 from utils.log.files import CannotWrite
 from utils.log.run_log import RunLog
-from utils.plots.figures import reward_curve
 from utils.preflight.machine import estimated_memory
 from utils.records import Prompt, Reward, Rollout
 from utils.run.background_save import BackgroundSaver
@@ -98,6 +97,8 @@ class Run:
             ),
         }[status]
         if self.state.evaluated_step is not None:
+            from utils.plots.figures import reward_curve  # matplotlib takes half a second, of no use before the end
+
             try:
                 reward_curve(output_dir)
             except OSError as error:
