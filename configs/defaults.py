@@ -407,6 +407,32 @@ class Guard:
 
 
 @dataclass
+class Elsewhere:
+    """Runs on other machines, see docs/elsewhere.md. Training reads none of these fields."""
+
+    gpu: str = option("H100", "kind of GPU to rent from Modal, by Modal's name: H100, A100-80GB, L40S, ...")
+    price_per_hour: float | None = option(
+        None, "dollars per hour of the machine, from which a cost is printed; null prints hours alone", low=0.0
+    )
+    seconds_per_step: float | None = option(
+        None,
+        "seconds per GRPO step that hours are estimated from, until runs of the same setting have been measured",
+        above=0.0,
+    )
+    timeout_hours: float = option(
+        24.0,
+        "hours after which Modal ends a container; the run saves before, and goes on in a new one",
+        above=0.5,
+        high=24.0,
+    )
+    secrets: list[str] = option([], "names of the Modal secrets that a run gets, for example [wandb, huggingface]")
+    ray_gpus: float = option(
+        1.0, "GPUs per run on Ray; a fraction lets runs share a card; a run on the CPU takes none", above=0.0
+    )
+    ray_cpus: float = option(1.0, "CPU cores per run on Ray", low=0.0)
+
+
+@dataclass
 class Config:
     """The whole configuration of a run."""
 
@@ -415,3 +441,4 @@ class Config:
     vllm: Vllm = field(default_factory=Vllm)
     grader: Grader = field(default_factory=Grader)
     guard: Guard = field(default_factory=Guard)
+    elsewhere: Elsewhere = field(default_factory=Elsewhere)

@@ -2,14 +2,17 @@
 
     python play-scripts/run_ablations.py configs/lr_sweep --overlay configs/hardware/h100.yaml --seeds 3
     python play-scripts/run_ablations.py configs/tiny --seeds 3 --jobs 2
+    python play-scripts/run_ablations.py configs/lr_sweep --on modal --overlay configs/hardware/h100.yaml
     python play-scripts/run_ablations.py configs/tiny --redraw     from results/*/metrics.csv, with no run folder
 
 A run goes to <runs>/<folder>/<its file>/seed_<n>, with its output in console.log; the report to <results>/<folder>.
-Finished runs are skipped. Runs that were cut off or failed go on from their last checkpoint. A run that fails does not
-stop the others. The guard stops collapsed runs (guard.action=warn lets them go on). Runs of different folders that have
-the same config are run once and copied. Ctrl-C ends the runs after the work at hand and a save; the same command goes
-on. If a folder holds folders of configs, all of those are run. Reports of your own folders are not listed in
-<results>/README.md, which is for the ablations of this repository.
+Finished runs are skipped. Runs that were cut off or failed go on from their last checkpoint: at once if their process
+was killed or their machine was lost (--retries), else with the same command. A run that fails does not stop the others.
+The guard stops collapsed runs (guard.action=warn lets them go on). Runs of different folders that have the same config
+are run once and copied. Ctrl-C ends the runs after the work at hand and a save; the same command goes on. --on says
+where runs run: on this machine, on a Ray cluster or on Modal (docs/elsewhere.md). If a folder holds folders of configs,
+all of those are run. Reports of your own folders are not listed in <results>/README.md, which is for the ablations of
+this repository.
 
 Exit status: 0 every run has ended, perhaps collapsed; 1 some have not; 2 a mistake in the command; 4 stopped.
 """
@@ -20,7 +23,6 @@ import argparse
 import contextlib
 import os
 import shlex
-import signal
 import sys
 import time
 from collections import Counter
@@ -34,18 +36,21 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from utils.ablations.jobs import ENDED, Job, copy, find_topics, finish, plan, progress_of, start
+from utils.ablations.estimate import estimate, used
+from utils.ablations.jobs import ENDED, Job, check_place, copy, find_topics, finish, plan, progress_of, start
+from utils.ablations.places import find_place
+from utils.ablations.places.place import Place
 from utils.ablations.report import command_of, write_report, write_top_page
 from utils.plots.summary import format_time
 from utils.run.ending import SignalHandler, Status
 
 POLL_SECONDS = 0.1
 FRAME = 7  # lines of the table that are no rows: borders, header, captions
-STYLES = {"failed": "red", "collapsed": "yellow", "running": "dim"}
+STYLES = {"failed": "red", "cut_off": "red", "collapsed": "yellow", "running": "dim"}
 
 
 class Stop(SignalHandler):
-    """Counts the signals that ask for an end; the runs are sent SIGINT as often: once to save, twice to end at once."""
+    """Counts the signals that ask for an end, and asks the runs as often: once to save, twice to end at once."""
 
     def __init__(self) -> None:
         self.count = self.sent = 0
@@ -57,38 +62,40 @@ class Stop(SignalHandler):
         while self.sent < self.count:
             self.sent += 1
             for job in running:
-                job.process.send_signal(signal.SIGINT)
+                job.work.interrupt()
 
 
-def run_all(jobs: Sequence[Job], at_once: int, stop: Stop, console: Console) -> None:
+def run_all(jobs: Sequence[Job], place: Place, at_once: int, retries: int, stop: Stop, console: Console) -> None:
     """Run what is waiting, until all have ended, or a signal asked to stop and the running ones have saved."""
     live = Live(console=console, refresh_per_second=2) if console.is_terminal else contextlib.nullcontext()
     try:
         with live:
             unfinished = True
             while unfinished:
-                unfinished = advance(jobs, at_once, stop, console)
+                unfinished = advance(jobs, place, at_once, retries, stop, console)
                 if console.is_terminal:
                     live.update(table(jobs, at_once, stop, console.height - FRAME))
                 time.sleep(POLL_SECONDS)
     finally:  # an error in this process leaves none of the others behind
         for job in jobs:
             if job.state == "running":
-                job.process.send_signal(signal.SIGINT)
+                job.work.interrupt()
 
 
-def advance(jobs: Sequence[Job], at_once: int, stop: Stop, console: Console) -> bool:
+def advance(jobs: Sequence[Job], place: Place, at_once: int, retries: int, stop: Stop, console: Console) -> bool:
     """Note what has ended, start what there is room for, pass signals on; False when nothing is left to wait for."""
     for job in jobs:
-        if job.state == "running" and job.process.poll() is not None:
-            finish(job)
+        if job.state == "running" and (ending := job.work.poll()) is not None:
+            finish(job, ending, retries)
             announce(console, job)
+            if job.state == "cut_off" and not stop.count:
+                job.state = "waiting"
         elif job.state == "waiting" and job.same_as and job.same_as.state not in ("waiting", "running"):
             copy(job)
             announce(console, job)
     n_free = 0 if stop.count else at_once - sum(job.state == "running" for job in jobs)
     for job in [job for job in jobs if job.state == "waiting" and not job.same_as][:n_free]:
-        start(job)
+        start(job, place)
         announce(console, job)
     running = [job for job in jobs if job.state == "running"]
     stop.pass_on(running)
@@ -152,7 +159,9 @@ def command_for(options: argparse.Namespace, folder: Path) -> str:
     words = ["python", "play-scripts/run_ablations.py", os.path.relpath(folder), "--seeds", str(options.seeds)]
     for overlay in options.overlay:
         words += ["--overlay", overlay]
-    return shlex.join([*words, "--jobs", str(options.jobs), *options.overrides])
+    words += ["--on", options.on] if options.on != "local" else []
+    words += ["--jobs", str(options.jobs)] if options.jobs is not None else []
+    return shlex.join([*words, *options.overrides])
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -161,7 +170,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("words", nargs="+", metavar="FOLDER", help="folder of configs, or of such folders; then section.field=value")
     add("--seeds", type=int, default=1, metavar="N", help="seeds per config, counted up from its own (1)")
     add("--overlay", action="append", default=[], metavar="FILE", help="YAML file that wins over the configs")
-    add("--jobs", type=int, default=1, metavar="N", help="runs at once (1)")
+    add("--on", default="local", metavar="PLACE", help="local, ray, ray:ADDRESS or modal (local)")
+    add("--jobs", type=int, metavar="N", help="runs at once (local 1; elsewhere as many as the place takes)")
+    add("--retries", type=int, default=2, metavar="N", help="times that a run is resumed which was cut off (2)")
+    add("--estimate", action="store_true", help="run nothing: print the hours and the cost that are to be expected")
     add("--runs", default="runs", metavar="FOLDER", help="where runs go (runs)")
     add("--results", default="results", metavar="FOLDER", help="where reports go (results)")
     add("--report-only", action="store_true", help="run nothing: write the reports of the runs so far")
@@ -171,28 +183,43 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.overrides = [word for word in options.words if "=" in word]
     if not options.folders:
         parser.error("no folder of configs given")
-    for name in ("seeds", "jobs"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} {getattr(options, name)}: at least 1")
+    for name, least in (("seeds", 1), ("jobs", 1), ("retries", 0)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            parser.error(f"--{name} {value}: at least {least}")
     return options
+
+
+def say_what_is_ahead(jobs: Sequence[Job], at_once: int, console: Console) -> None:
+    n_ended = sum(job.state in ENDED for job in jobs)
+    ended = f"{n_ended} of {len(jobs)} runs have ended already" if n_ended else None
+    for line in filter(None, (ended, estimate(jobs, at_once))):
+        console.print(escape(line), soft_wrap=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
     console = Console(highlight=False)
-    try:
-        topics = find_topics(options.folders)
-        jobs = [] if options.report_only or options.redraw else plan(
-            topics, options.seeds, options.overlay, options.overrides, Path(options.runs)
-        )  # fmt: skip
-    except ValueError as mistake:
-        print(f"error: {mistake}", file=sys.stderr)
-        return Status.USER_MISTAKE
-    n_ended = sum(job.state in ENDED for job in jobs)
-    if n_ended:
-        console.print(f"{n_ended} of {len(jobs)} runs have ended already")
-    with Stop() as stop:
-        run_all(jobs, options.jobs, stop, console)
+    with contextlib.ExitStack() as leaving:
+        try:
+            topics = find_topics(options.folders)
+            if options.report_only or options.redraw:
+                report(options, topics, console)
+                return Status.FINISHED
+            jobs = plan(topics, options.seeds, options.overlay, options.overrides, Path(options.runs))
+            place = leaving.enter_context(contextlib.closing(find_place(options.on)))
+            at_once = options.jobs or place.at_once([job.launch for job in jobs if job.state == "waiting"])
+            say_what_is_ahead(jobs, at_once, console)
+            if options.estimate:
+                return Status.FINISHED
+            check_place(jobs, place)
+        except ValueError as mistake:
+            print(f"error: {mistake}", file=sys.stderr)
+            return Status.USER_MISTAKE
+        with Stop() as stop:
+            run_all(jobs, place, at_once, options.retries, stop, console)
+    if (spent := used(jobs)) is not None:
+        console.print(spent, soft_wrap=True)
     if stop.count:
         console.print("stopped; the same command goes on from here")
         return Status.STOPPED_BY_SIGNAL

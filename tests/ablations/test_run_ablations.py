@@ -138,6 +138,8 @@ def test_runs_killed_and_stopped_go_on_and_end_with_a_report(
         str(world / "configs" / "twin"),
         "--jobs",
         "2",
+        "--retries",
+        "0",
         "training.n_grpo_steps=20",
     )
     runner = subprocess.Popen(
@@ -219,6 +221,7 @@ def test_one_that_fails_stops_no_other(
     for part in ("exit status 2", "error: no such thing", str(log)):
         assert part in details["failed", "roles/mistake"]
     assert "SIGKILL: last words" in details["failed", "roles/dies"]
+    assert printed.out.count("cut_off     roles/dies") == 2
     ended = {("collapsed", "roles/collapses"), ("finished", "roles/finishes"), ("time_limit", "roles/runs_out")}
     assert ended <= set(details)
     assert log.read_text().startswith("threads 1\n")
@@ -227,7 +230,7 @@ def test_one_that_fails_stops_no_other(
     assert "Collapsed: `collapses` (1 of 1 seeds)" in page
     assert "mistake/seed_1337: not finished" in printed.err
 
-    assert main(str(world / "configs" / "roles")) == 1
+    assert main(str(world / "configs" / "roles"), "--retries", "0") == 1
     printed = capsys.readouterr().out
     assert "2 of 5 runs" in printed
     assert [line.split()[1] for line in printed.splitlines() if line.startswith("running")] == [

@@ -1,29 +1,27 @@
-"""The runs of an ablation: planned from folders of configs, started as processes, or copied from an equal run."""
+"""The runs of an ablation: planned from folders of configs, started in a place, or copied from an equal run."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
-import os
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from configs.defaults import Config
+from utils.ablations.places.place import Ending, Launch, Place, Work
+from utils.ablations.places.worker import CONSOLE_FILE
 from utils.ablations.published import find_ablation
 from utils.log.files import METRICS_FILE, STATUS_FILE, Row, read_rows, write_atomically
-from utils.preflight.config import load_config
-from utils.preflight.obstacles import shortfalls
+from utils.preflight.config import load_config, load_config_and_origins
 from utils.preflight.resume_rules import changed_fields
+from utils.preflight.yaml_values import dump
 from utils.run.ending import Status
 
 TRAIN = Path(__file__).parents[2] / "train_grpo.py"
-CONSOLE_FILE = "console.log"
 ENDED = ("finished", "collapsed")
 COPIED = ("metrics.jsonl", "rollouts.jsonl", "warnings.jsonl", "config.yaml", "run.json")
 PACE_FROM = 20  # last GRPO steps, from which the time left is estimated
@@ -41,13 +39,17 @@ class Job:
     """A run: a config with a seed. `same_as` is an earlier job with the same config, whose run is copied."""
 
     topic: str  # the folder of configs, without what leads to it
-    name: str
+    path: Path  # its config file
     config: Config
     arguments: list[str]  # of train_grpo.py
+    set_fields: tuple[str, ...] = ()  # dotted names; all other fields have their defaults, or are derived from the card
     same_as: Job | None = None
     state: str = "waiting"  # then running, then how it ended
     detail: str = ""
-    process: subprocess.Popen | None = None
+    work: Work | None = None
+    seconds: float = 0.0  # that machines were held for it, by this command
+    n_cuts: int = 0  # how often in a row it was cut off, without a GRPO step in between
+    cut_at: int = 0  # its last GRPO step then
     ended_at: Progress | None = None  # kept so that its metrics are not read again
 
     @property
@@ -55,8 +57,25 @@ class Job:
         return Path(self.config.paths.output_dir)
 
     @property
+    def name(self) -> str:
+        return self.path.stem
+
+    @property
     def setting(self) -> str:
         return f"{self.topic}/{self.name}"
+
+    @property
+    def launch(self) -> Launch:
+        command = [sys.executable, str(TRAIN), "--resume", *self.arguments]
+        return Launch(str(self), self.folder, self.config, command, self.settings)
+
+    @property
+    def settings(self) -> str:
+        """The fields that are set, as YAML."""
+        sections: dict[str, dict] = {}
+        for section, name in (field.split(".") for field in self.set_fields):
+            sections.setdefault(section, {})[name] = getattr(getattr(self.config, section), name)
+        return dump(sections)
 
     def __str__(self) -> str:
         return f"{self.setting} seed {self.config.training.seed}"
@@ -95,33 +114,36 @@ def plan(
     for topic, folder in topics.items():
         for path in sorted(folder.glob("*.yaml")):
             files = [path, *overlays]
-            settings.append((topic, path, load_config(files, overrides), [f"--config={file}" for file in files]))
+            settings.append((topic, path, load_config_and_origins(files, overrides), files))
     jobs: list[Job] = []
     first: dict[str, Job] = {}
     for i in range(n_seeds):
-        for topic, path, config, files in settings:
+        for topic, path, (config, origins), files in settings:
             seed = config.training.seed + i
             output = str(runs / topic / path.stem / f"seed_{seed}")
             seeded = replace(
                 config, training=replace(config.training, seed=seed), paths=replace(config.paths, output_dir=output)
             )
             own = [f"training.seed={seed}", f"paths.output_dir={output}"]
-            job = Job(topic, path.stem, seeded, [*files, *overrides, *own])
+            set_fields = tuple(dict.fromkeys([*origins, "training.seed", "paths.output_dir"]))
+            arguments = [*(f"--config={file}" for file in files), *overrides, *own]
+            job = Job(topic, path, seeded, arguments, set_fields)
             job.state = standing(job)
             original = first.setdefault(identity(seeded), job)
             if job.state == "waiting" and original is not job and not (job.folder / METRICS_FILE).exists():
                 job.same_as = original
-            elif job.state == "waiting":
-                check_machine(job, path)
             jobs.append(job)
     return jobs
 
 
-def check_machine(job: Job, path: Path) -> None:
-    """Raise ValueError for what the run needs and this machine lacks, with the commands that prepare the ablation."""
-    missing = list(shortfalls(job.config))
-    if missing:
-        raise ValueError("\n       ".join([f"{path}: {missing[0]}", *missing[1:], *find_ablation(job.topic).prepare]))
+def check_place(jobs: Sequence[Job], place: Place) -> None:
+    """Raise ValueError for what keeps a run from starting in the place, with the commands that prepare the ablation."""
+    for job in jobs:
+        missing = list(place.obstacles(job.launch)) if job.state == "waiting" and not job.same_as else []
+        if missing:
+            raise ValueError(
+                "\n       ".join([f"{job.path}: {missing[0]}", *missing[1:], *find_ablation(job.topic).prepare])
+            )
 
 
 def identity(config: Config) -> str:
@@ -130,6 +152,7 @@ def identity(config: Config) -> str:
     del sections["paths"]["output_dir"]
     for name in ("trackers", "wandb_run_name", "wandb_tags"):
         del sections["training"][name]
+    del sections["elsewhere"]
     return json.dumps(sections)
 
 
@@ -155,43 +178,40 @@ def standing(job: Job) -> str:
     return state
 
 
-def start(job: Job) -> None:
-    """Start the run in a session of its own, so that a terminal's Ctrl-C reaches this process alone.
-
-    Its console.log is locked while it lives, so that no other process starts in the same folder.
-    """
+def start(job: Job, place: Place) -> None:
+    """Start or continue the run."""
     job.folder.mkdir(parents=True, exist_ok=True)
-    one_thread = {"OMP_NUM_THREADS": "1"} if job.config.training.device == "cpu" else {}  # more would spin and wait
-    with (job.folder / CONSOLE_FILE).open("ab") as console:
-        try:
-            fcntl.flock(console, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            job.state, job.detail = "failed", "another process is running it"
-            return
-        job.process = subprocess.Popen(
-            [sys.executable, str(TRAIN), "--resume", *job.arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=console,
-            stderr=subprocess.STDOUT,
-            env=one_thread | os.environ,
-            start_new_session=True,
-        )
-    job.state = "running"
+    try:
+        job.work = place.start(job.launch)
+    except BlockingIOError:
+        job.state, job.detail = "failed", "another process is running it"
+        return
+    job.state, job.detail = "running", ""
 
 
-def finish(job: Job) -> None:
-    """Set the job's state from how its process ended."""
-    code = job.process.returncode
-    job.state = STATES.get(code, "failed")
-    if job.state == "failed":
+def finish(job: Job, ending: Ending, retries: int) -> None:
+    """Set the job's state from how it ended. One that was cut off waits again, to be resumed.
+
+    It is given up after `retries` in a row that have not brought it a GRPO step further.
+    """
+    code, path = ending.code, job.folder / CONSOLE_FILE
+    job.seconds += ending.seconds
+    job.state, job.detail = STATES.get(code, "failed"), ending.detail
+    if job.state != "failed":
+        return
+    if code is not None:
         how = f"exit status {code}" if code > 0 else signal.Signals(-code).name
-        path = job.folder / CONSOLE_FILE
         job.detail = f"{how}: {last_words(path)} ({path})"
+    step = Progress(job).step
+    job.n_cuts, job.cut_at = (1 if step > job.cut_at else job.n_cuts + 1), step
+    if (ending.lost or (code or 0) < 0) and job.n_cuts <= retries:
+        job.state = "cut_off"
 
 
 def last_words(path: Path) -> str:
     """The last line that names an error, else the last line."""
-    lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()]
+    text = path.read_text(errors="replace") if path.exists() else ""
+    lines = [line for line in text.splitlines() if line.strip()]
     named = [line for line in lines if "error:" in line.lower()]
     return (named or lines or ["no output"])[-1].strip()[:200]
 

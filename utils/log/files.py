@@ -23,6 +23,7 @@ ROLLOUTS_FILE = "rollouts.jsonl"
 WARNINGS_FILE = "warnings.jsonl"
 STATUS_FILE = "status.json"
 RUN_INFO_FILE = "run.json"
+SOURCE_VARIABLE = "GRPO_SOURCE"  # environment variable, see `git_state`
 UNFINISHED = ".saving-"  # begins the name of a file or folder that is not whole yet; a killed process leaves it behind
 
 STATUSES = ("finished", "collapsed", "interrupted", "time_limit", "failed")
@@ -200,7 +201,12 @@ def package_versions() -> dict[str, str | None]:
 
 
 def git_state(folder: Path) -> dict[str, Any]:
-    """The commit that a folder is at, and whether its tracked files differ from it; None if git can't say."""
+    """The commit that a folder is at, and whether its tracked files differ from it; None if git can't say.
+
+    A copy of the code on another machine has no history: there SOURCE_VARIABLE holds what git said where it was copied.
+    """
+    if SOURCE_VARIABLE in os.environ:
+        return json.loads(os.environ[SOURCE_VARIABLE])
     state: dict[str, Any] = {"commit": None, "dirty": None}
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         git = ["git", "-C", str(folder)]

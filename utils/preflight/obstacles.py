@@ -70,10 +70,8 @@ def obstacles(config: Config, resume: bool, allow_changes: bool) -> Iterator[str
 
 def shortfalls(config: Config, inputs: Sequence[str] = INPUTS) -> Iterator[str]:
     """What this machine lacks for the config."""
-    yield from _missing_inputs(config, inputs)
-    for field, names in own_code(config).items():
-        reasons = {name: unusable_own(name) for name in names}
-        yield from (f"{field} = {name!r}: {reason}" for name, reason in reasons.items() if reason is not None)
+    yield from missing_inputs(config, inputs)
+    yield from unusable_functions(config)
     yield from _model_obstacles(config)
     yield from reference_obstacles(config)
     if config.training.device.startswith("cuda") and not has_gpu():
@@ -85,7 +83,15 @@ def shortfalls(config: Config, inputs: Sequence[str] = INPUTS) -> Iterator[str]:
     yield from _missing_packages(config.training)
 
 
-def _missing_inputs(config: Config, inputs: Sequence[str]) -> Iterator[str]:
+def unusable_functions(config: Config) -> Iterator[str]:
+    """Which of the user's own functions cannot be used, as far as that shows without running their files."""
+    for field, names in own_code(config).items():
+        reasons = {name: unusable_own(name) for name in names}
+        yield from (f"{field} = {name!r}: {reason}" for name, reason in reasons.items() if reason is not None)
+
+
+def missing_inputs(config: Config, inputs: Sequence[str]) -> Iterator[str]:
+    """Which of the files that a config names are not on this machine."""
     for name in inputs:
         path = getattr(config.paths, name)
         if Path(path).is_dir():

@@ -50,7 +50,7 @@ MAY_CHANGE = frozenset(
         "grader.memory_limit_mb",
     }
 )
-MAY_CHANGE_SECTIONS = frozenset({"guard"})  # it only watches the run
+MAY_CHANGE_SECTIONS = frozenset({"guard", "elsewhere"})  # one only watches the run, the other is where it runs
 
 
 def changed_fields(saved: Any, config: Any) -> list[str]:
