@@ -221,8 +221,9 @@ class _ChunkedHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_log_probs: Tensor, _grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, labels, log_normalizers = ctx.saved_tensors
-        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
-        known, grad_known = weight[: ctx.vocabulary_size], grad_weight[: ctx.vocabulary_size]
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None  # beside adapters it is frozen
+        known = weight[: ctx.vocabulary_size]
         for start in reversed(range(0, len(labels), ctx.chunk_size)):
             rows = slice(start, start + ctx.chunk_size)
             log_softmax, ctx.last_log_softmax = ctx.last_log_softmax, None
@@ -245,7 +246,8 @@ class _ChunkedHead(torch.autograd.Function):
             del softmax
             grad_logits.scatter_(-1, label, at_label.to(weight.dtype))
             torch.mm(grad_logits, known, out=grad_hidden[rows])
-            grad_known.addmm_(grad_logits.T, hidden[rows])
+            if grad_weight is not None:
+                grad_weight[: ctx.vocabulary_size].addmm_(grad_logits.T, hidden[rows])
             del grad_logits
         return grad_hidden, grad_weight, None, None, None, None, None, None
 

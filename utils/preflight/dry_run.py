@@ -9,6 +9,7 @@ from configs.defaults import Config
 from utils.engines import choose_engine
 from utils.log.files import CONFIG_FILE, METRICS_FILE, ROLLOUTS_FILE, RUN_INFO_FILE, STATUS_FILE, WARNINGS_FILE
 from utils.own_code import file_and_function
+from utils.preflight.adapter_checks import adapter_notes
 from utils.preflight.config import to_dict
 from utils.preflight.config_rules import own_code
 from utils.preflight.derive import usual_length
@@ -77,6 +78,7 @@ def notes(config: Config, prompt: LongestPrompt) -> Iterator[str]:
         amount = "an unknown amount" if size is None else f"about {size / GB:.1f} GB"
         yield f"{model_path} is not on this machine yet: {amount} to fetch from the hub"
     yield from machine_notes(config)
+    yield from adapter_notes(config)
     yield from _memory_notes(config, prompt)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from configs.defaults import Config, Training
+from utils.adapter_files import is_own_reference
 
 GIB = 2**30
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -32,6 +33,35 @@ def count_parameters(model_config: dict[str, Any]) -> dict[str, int]:
     return parts | {"total": sum(parts.values())}
 
 
+def adapted_matrices(model_config: dict[str, Any], target: str) -> list[tuple[int, int]]:
+    """(rows, columns) of the matrices of one layer that `lora_target` names."""
+    sizes = _sizes(model_config)
+    hidden, q, kv, intermediate = sizes["hidden"], sizes["q"], sizes["kv"], sizes["intermediate"]
+    attention = [(q, hidden), (kv, hidden), (kv, hidden), (hidden, q)]
+    mlp = [(intermediate, hidden), (intermediate, hidden), (hidden, intermediate)]
+    return attention if target == "attention" else attention + mlp
+
+
+def trained_parameters(model_config: dict[str, Any], training: Training) -> tuple[int, int]:
+    """How many parameters an update changes, and the bytes of each: a LoRA adapter's, which are float32, or all."""
+    if training.lora_rank is None:
+        return count_parameters(model_config)["total"], BYTES[training.dtype]
+    per_layer = training.lora_rank * sum(map(sum, adapted_matrices(model_config, training.lora_target)))
+    return _sizes(model_config)["n_layers"] * per_layer, 4
+
+
+def _weight_bytes(model_config: dict[str, Any], training: Training) -> int:
+    """The policy's weights; with `load_in_4bit`, those of the layers' matrices have 4 bits and a share of a scale."""
+    sizes, n_parameters = _sizes(model_config), count_parameters(model_config)["total"]
+    in_four_bits = 0
+    if training.load_in_4bit:
+        in_four_bits = sizes["n_layers"] * sum(a * b for a, b in adapted_matrices(model_config, "all-linear"))
+    n_adapter, bytes_each = trained_parameters(model_config, training) if training.lora_rank is not None else (0, 0)
+    # 8 bits for the scale of 64 weights, and 32 for the scale of 256 of those
+    four_bits = in_four_bits * (1 / 2 + 1 / 64 + 4 / (64 * 256))
+    return int((n_parameters - in_four_bits) * BYTES[training.dtype] + four_bits) + n_adapter * bytes_each
+
+
 def estimate_peak_memory(
     model_config: dict[str, Any],
     config: Config,
@@ -49,13 +79,15 @@ def estimate_peak_memory(
         uses_vllm: whether the rollout engine is vLLM.
 
     Returns:
-        `weights`, `gradients`, `optimizer`, `reference` (the policy that a KL term measures from), `activations` (kept
-        for the backward pass of the largest microbatch), `log_probs` (a chunk of logits, and the head's gradient),
-        `vllm_awake`, `vllm_asleep`; `allowance` for what no tensor holds; and the peaks of the phases, `rollout_peak`
-        and `training_peak`.
+        `weights`, `gradients`, `optimizer`, `reference` (the policy that a KL term measures from, unless it is the
+        policy without its adapter), `activations` (kept for the backward pass of the largest microbatch), `log_probs`
+        (a chunk of logits, and the head's gradient), `merging` (the largest matrix, while its adapter is merged for a
+        push), `vllm_awake`, `vllm_asleep`; `allowance` for what no tensor holds; and the peaks of the phases,
+        `rollout_peak` and `training_peak`.
     """
-    training, sizes, bytes_each = config.training, _sizes(model_config), BYTES[config.training.dtype]
+    training, sizes = config.training, _sizes(model_config)
     n_parameters = count_parameters(model_config)["total"]
+    n_trained, bytes_each = trained_parameters(model_config, training)
     n_sequences = training.microbatch_size
     if training.max_tokens_per_microbatch is not None:
         n_sequences = max(1, min(training.train_batch_size, training.max_tokens_per_microbatch // longest_sequence))
@@ -63,28 +95,44 @@ def estimate_peak_memory(
     n_response_tokens = min(n_tokens, n_sequences * training.max_tokens)
 
     parts = {
-        "weights": n_parameters * bytes_each,
-        "gradients": n_parameters * bytes_each,
-        "optimizer": optimizer_state_bytes(n_parameters, training),
-        "reference": n_parameters * BYTES[training.reference_dtype] if training.kl_coef else 0,
-        "activations": _activations(sizes, config, n_tokens, longest_sequence, n_parameters),
+        "weights": _weight_bytes(model_config, training),
+        "gradients": n_trained * bytes_each,
+        "optimizer": optimizer_state_bytes(n_trained, bytes_each, training),
+        "reference": _reference(config, n_parameters),
+        "activations": _activations(sizes, config, n_tokens, longest_sequence, n_parameters, n_trained),
         "log_probs": _log_probs(sizes, config, n_response_tokens),
+        "merging": _merging(model_config, config) if uses_vllm else 0,
         **_vllm(config, n_parameters, device_memory, uses_vllm),
         "allowance": CUDA_ALLOWANCE if device_memory is not None else 0,
     }
     resting = sum(parts[name] for name in ("weights", "optimizer", "reference", "allowance"))
-    parts["rollout_peak"] = resting + parts["vllm_awake"]
+    parts["rollout_peak"] = resting + parts["merging"] + parts["vllm_awake"]
     parts["training_peak"] = (
         resting + parts["vllm_asleep"] + sum(parts[name] for name in ("gradients", "activations", "log_probs"))
     )
     return parts
 
 
-def optimizer_state_bytes(n_parameters: int, training: Training) -> int:
+def optimizer_state_bytes(n_parameters: int, bytes_each: int, training: Training) -> int:
     """AdamW's two moments. With 8 bits: two bytes and, for every block of 256, two float32 scales."""
     if training.use_bnb_adamw8bit:
         return int(n_parameters * (2 + 8 / 256))
-    return 2 * n_parameters * BYTES[training.dtype]
+    return 2 * n_parameters * bytes_each
+
+
+def _reference(config: Config, n_parameters: int) -> int:
+    """A second model, if there is a KL term and the policy without its adapter is not what it measures from."""
+    needed = config.training.kl_coef and not is_own_reference(config)
+    return n_parameters * BYTES[config.training.reference_dtype] if needed else 0
+
+
+def _merging(model_config: dict[str, Any], config: Config) -> int:
+    """B A of the largest matrix in float32, and what it is rounded to, beside a matrix out of its 4 bits."""
+    training = config.training
+    if training.lora_rank is None:
+        return 0
+    largest = max(a * b for a, b in adapted_matrices(model_config, training.lora_target))
+    return largest * (4 + BYTES[config.vllm.dtype] + (BYTES[training.dtype] if training.load_in_4bit else 0))
 
 
 NAMES = {  # in a config.json
@@ -110,16 +158,24 @@ def _sizes(model_config: dict[str, Any]) -> dict[str, int]:
     return sizes | {"q": sizes["heads"] * head_dim, "kv": kv_heads * head_dim}
 
 
-def _activations(sizes: dict[str, int], config: Config, n_tokens: int, longest_sequence: int, n_parameters: int) -> int:
-    """What autograd keeps of a forward pass, as transformers' Qwen2 writes it, plus autocast's copy of the weights."""
+def _activations(
+    sizes: dict[str, int], config: Config, n_tokens: int, longest_sequence: int, n_parameters: int, n_trained: int
+) -> int:
+    """What autograd keeps of a forward pass, as transformers' Qwen2 writes it, plus copies of weights in its dtype."""
     training = config.training
     autocast = training.autocast_dtype is not None
     bytes_each = BYTES[training.autocast_dtype or training.dtype]
-    hidden = sizes["hidden"]
+    hidden, lora = sizes["hidden"], training.lora_rank is not None
+    adapts_mlp = training.lora_target == "all-linear"
     # two norms keep float32 input, normalized input and output; attention q, k, v, output and a log-sum-exp; the MLP
     # gate, its activation, up, and their product
     norm = (4 + 2 * bytes_each) * hidden + 4
     layer = 2 * norm + bytes_each * (2 * sizes["q"] + 2 * sizes["kv"] + 4 * sizes["intermediate"]) + 4 * sizes["heads"]
+    if lora:  # a frozen norm keeps no normalized input, a frozen matrix not what it multiplies; A keeps its output
+        n_adapted = 7 if adapts_mlp else 4
+        norm -= bytes_each * hidden
+        layer += bytes_each * (training.lora_rank * n_adapted - 2 * hidden)
+        layer -= 0 if adapts_mlp else bytes_each * (hidden + sizes["intermediate"])
     if training.use_packing:
         layer += bytes_each * sizes["q"]  # attention's output, put back into the row
     if training.attention_type == "eager":
@@ -134,7 +190,12 @@ def _activations(sizes: dict[str, int], config: Config, n_tokens: int, longest_s
         per_token = sizes["n_layers"] * BYTES[training.dtype] * hidden + layer
     else:
         per_token = sizes["n_layers"] * layer
-    return n_tokens * (per_token + norm) + (n_parameters * bytes_each if autocast else 0)
+    copies = n_parameters * bytes_each if autocast else 0
+    if lora and bytes_each < 4:  # A and B, rounded
+        copies += n_trained * bytes_each
+    if training.load_in_4bit:  # the largest matrix out of its 4 bits
+        copies += hidden * sizes["intermediate"] * bytes_each
+    return n_tokens * (per_token + norm) + copies
 
 
 def _log_probs(sizes: dict[str, int], config: Config, n_response_tokens: int) -> int:
@@ -143,7 +204,9 @@ def _log_probs(sizes: dict[str, int], config: Config, n_response_tokens: int) ->
     logits = min(config.training.log_prob_chunk_size, n_response_tokens) * sizes["vocabulary"]
     forward = 8 * logits  # log-softmax and, for the entropy, its exponential, both float32
     # log-softmax in float32, its gradient in the weight's dtype (in place for float32), the gradient of the weight
-    backward = (4 + bytes_each % 4) * logits + bytes_each * sizes["vocabulary"] * sizes["hidden"]
+    backward = (4 + bytes_each % 4) * logits
+    if config.training.lora_rank is None:
+        backward += bytes_each * sizes["vocabulary"] * sizes["hidden"]
     return max(forward, backward)
 
 
