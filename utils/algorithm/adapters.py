@@ -81,10 +81,12 @@ def add_adapter(policy: PreTrainedModel, base: str, training: Training) -> None:
     """Put a new adapter into a policy whose weights are `base`, and freeze all but it. B is 0: nothing changes yet."""
     from peft import LoraConfig
 
+    targets = list(targets_of(policy, training.lora_target))
     config = LoraConfig(
         r=training.lora_rank,
         lora_alpha=training.lora_alpha,
-        target_modules=list(targets_of(policy, training.lora_target)),
+        target_modules=targets,
+        fan_in_fan_out=isinstance(policy.get_submodule(targets[0]), Conv1D),  # GPT-2's matrices are transposed
         task_type="CAUSAL_LM",
         base_model_name_or_path=base,
     )

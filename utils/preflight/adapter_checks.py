@@ -20,8 +20,7 @@ def adapter_obstacles(config: Config, resume: bool = False) -> Iterator[str]:
     if resume:
         places += map(str, saved_checkpoints(Path(config.paths.output_dir) / CHECKPOINTS_FOLDER)[-1:])
     for place in places:
-        if saved_adapter(place) is not None:
-            yield from (reason for reason in (other_adapter(place, t), *unusable_base(place)) if reason is not None)
+        yield from (reason for reason in (other_adapter(place, t), *unusable_base(place)) if reason is not None)
     sizes = model_config(config.paths.model_path)
     if t.lora_rank is None or sizes is None:
         return
@@ -38,7 +37,9 @@ def adapter_obstacles(config: Config, resume: bool = False) -> Iterator[str]:
 
 
 def unusable_base(adapter: str) -> Iterator[str]:
-    """Why the base of a saved adapter cannot serve, as far as it is on this machine."""
+    """Why the base of a saved adapter cannot serve, as far as it is on this machine; nothing for a whole model."""
+    if saved_adapter(adapter) is None:
+        return
     base = base_of(adapter)
     folder = base_folder(adapter)
     if folder is not None:
