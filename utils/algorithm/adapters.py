@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 NAME = "default"  # of the one adapter, among those that peft would let a layer have
 PEFT_PREFIX = "base_model.model."  # begins every name in peft's files
+# peft imports bitsandbytes where it is installed, which then misses a kernel for inference in 4 bits on the CPU
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 ATTENTION = ("attn", "attention")  # one of these is in the name of every family's attention
 
 
@@ -79,10 +82,18 @@ def targets_of(model: PreTrainedModel, target: str) -> dict[str, tuple[int, int]
 
 def add_adapter(policy: PreTrainedModel, base: str, training: Training) -> None:
     """Put a new adapter into a policy whose weights are `base`, and freeze all but it. B is 0: nothing changes yet."""
+    with preserved_random_state():
+        torch.manual_seed(derive_seed(training.seed, "adapter"))
+        inject(policy, lora_config(policy, base, training))
+    policy.adapter_origin = origin(_folder_of(base), training)
+
+
+def lora_config(policy: PreTrainedModel, base: str, training: Training) -> LoraConfig:
+    """What `peft` is told of a new adapter."""
     from peft import LoraConfig
 
     targets = list(targets_of(policy, training.lora_target))
-    config = LoraConfig(
+    return LoraConfig(
         r=training.lora_rank,
         lora_alpha=training.lora_alpha,
         target_modules=targets,
@@ -90,10 +101,6 @@ def add_adapter(policy: PreTrainedModel, base: str, training: Training) -> None:
         task_type="CAUSAL_LM",
         base_model_name_or_path=base,
     )
-    with preserved_random_state():
-        torch.manual_seed(derive_seed(training.seed, "adapter"))
-        _inject(policy, config)
-    policy.adapter_origin = origin(_folder_of(base), training)
 
 
 def load_adapter(policy: PreTrainedModel, folder: str) -> None:
@@ -114,7 +121,7 @@ def load_adapter(policy: PreTrainedModel, folder: str) -> None:
     config.inference_mode = False  # which would freeze it
     try:
         with preserved_random_state():
-            _inject(policy, config)
+            inject(policy, config)
         weights = load_file(Path(folder) / ADAPTER_WEIGHTS)
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"{folder}: cannot load the adapter: {error}") from error
@@ -132,7 +139,7 @@ def load_adapter(policy: PreTrainedModel, folder: str) -> None:
     policy.adapter_origin = saved_origin(folder)
 
 
-def _inject(policy: PreTrainedModel, config: LoraConfig) -> None:
+def inject(policy: PreTrainedModel, config: LoraConfig) -> None:
     """peft's layers, with A and B in float32, or float64 for a policy in float64."""
     from peft import inject_adapter_in_model
 

@@ -94,12 +94,14 @@ def estimate_peak_memory(
     n_tokens = n_sequences * longest_sequence
     n_response_tokens = min(n_tokens, n_sequences * training.max_tokens)
 
+    activations, again = _activations(sizes, config, n_tokens, longest_sequence, n_parameters, n_trained)
+
     parts = {
         "weights": _weight_bytes(model_config, training),
         "gradients": n_trained * bytes_each,
         "optimizer": optimizer_state_bytes(n_trained, bytes_each, training),
         "reference": _reference(config, n_parameters),
-        "activations": _activations(sizes, config, n_tokens, longest_sequence, n_parameters, n_trained),
+        "activations": activations,
         "log_probs": _log_probs(sizes, config, n_response_tokens),
         "merging": _merging(model_config, config) if uses_vllm else 0,
         **_vllm(config, n_parameters, device_memory, uses_vllm),
@@ -110,6 +112,8 @@ def estimate_peak_memory(
     parts["training_peak"] = (
         resting + parts["vllm_asleep"] + sum(parts[name] for name in ("gradients", "activations", "log_probs"))
     )
+    if training.lora_rank is not None:  # a frozen head leaves nothing behind when a layer is computed again
+        parts["training_peak"] -= min(again, parts["log_probs"])
     return parts
 
 
@@ -160,22 +164,41 @@ def _sizes(model_config: dict[str, Any]) -> dict[str, int]:
 
 def _activations(
     sizes: dict[str, int], config: Config, n_tokens: int, longest_sequence: int, n_parameters: int, n_trained: int
-) -> int:
-    """What autograd keeps of a forward pass, as transformers' Qwen2 writes it, plus copies of weights in its dtype."""
+) -> tuple[int, int]:
+    """What autograd keeps of a forward pass, as transformers' Qwen2 writes it, plus copies of weights in its dtype.
+
+    And how much of that is the one layer that checkpointing computes again; 0 if all of it is kept.
+    """
     training = config.training
-    autocast = training.autocast_dtype is not None
     bytes_each = BYTES[training.autocast_dtype or training.dtype]
-    hidden, lora = sizes["hidden"], training.lora_rank is not None
-    adapts_mlp = training.lora_target == "all-linear"
+    norm, layer = _per_token(sizes, config, longest_sequence)
+    copies = n_parameters * bytes_each if training.autocast_dtype is not None else 0
+    if training.lora_rank is not None and bytes_each < 4:  # A and B, rounded
+        copies += n_trained * bytes_each
+    if training.load_in_4bit:  # the largest matrix out of its 4 bits
+        copies += sizes["hidden"] * sizes["intermediate"] * bytes_each
+    if not training.use_gradient_checkpointing:
+        return n_tokens * (sizes["n_layers"] * layer + norm) + copies, 0
+    # the residual stream at every layer's start, and one layer computed again
+    kept = sizes["n_layers"] * BYTES[training.dtype] * sizes["hidden"]
+    return n_tokens * (kept + layer + norm) + copies, n_tokens * layer
+
+
+def _per_token(sizes: dict[str, int], config: Config, longest_sequence: int) -> tuple[int, int]:
+    """Bytes per token that autograd keeps of a norm, and of a whole layer with its two norms."""
+    training = config.training
+    bytes_each = BYTES[training.autocast_dtype or training.dtype]
+    hidden, intermediate = sizes["hidden"], sizes["intermediate"]
     # two norms keep float32 input, normalized input and output; attention q, k, v, output and a log-sum-exp; the MLP
     # gate, its activation, up, and their product
     norm = (4 + 2 * bytes_each) * hidden + 4
-    layer = 2 * norm + bytes_each * (2 * sizes["q"] + 2 * sizes["kv"] + 4 * sizes["intermediate"]) + 4 * sizes["heads"]
-    if lora:  # a frozen norm keeps no normalized input, a frozen matrix not what it multiplies; A keeps its output
-        n_adapted = 7 if adapts_mlp else 4
+    layer = 2 * norm + bytes_each * (2 * sizes["q"] + 2 * sizes["kv"] + 4 * intermediate) + 4 * sizes["heads"]
+    if training.lora_rank is not None:
+        # a frozen norm keeps no normalized input, a matrix without adapter not what it multiplies; A keeps its output
+        adapts_mlp = training.lora_target == "all-linear"
         norm -= bytes_each * hidden
-        layer += bytes_each * (training.lora_rank * n_adapted - 2 * hidden)
-        layer -= 0 if adapts_mlp else bytes_each * (hidden + sizes["intermediate"])
+        layer += bytes_each * (training.lora_rank * (7 if adapts_mlp else 4) - 2 * hidden)
+        layer -= 0 if adapts_mlp else bytes_each * (hidden + intermediate)
     if training.use_packing:
         layer += bytes_each * sizes["q"]  # attention's output, put back into the row
     if training.attention_type == "eager":
@@ -185,17 +208,7 @@ def _activations(
             layer -= bytes_each * sizes["q"] + 4 * sizes["heads"]
         else:  # keys and values repeated for every query head
             layer += 2 * bytes_each * (sizes["q"] - sizes["kv"])
-    if training.use_gradient_checkpointing:
-        # the residual stream at every layer's start, and one layer computed again
-        per_token = sizes["n_layers"] * BYTES[training.dtype] * hidden + layer
-    else:
-        per_token = sizes["n_layers"] * layer
-    copies = n_parameters * bytes_each if autocast else 0
-    if lora and bytes_each < 4:  # A and B, rounded
-        copies += n_trained * bytes_each
-    if training.load_in_4bit:  # the largest matrix out of its 4 bits
-        copies += hidden * sizes["intermediate"] * bytes_each
-    return n_tokens * (per_token + norm) + copies
+    return norm, layer
 
 
 def _log_probs(sizes: dict[str, int], config: Config, n_response_tokens: int) -> int:
