@@ -132,7 +132,7 @@ def differing_bits(a: torch.Tensor, b: torch.Tensor) -> int:
 def assert_equal_runs(output: Path, reference: Path) -> None:
     """Weights, optimizer, state, metrics and rollouts of two runs are the same, times aside."""
     ends = [folder / "checkpoints" / "last" for folder in (output, reference)]
-    weights, expected = (load_file(end / "model.safetensors") for end in ends)
+    weights, expected = (load_file(weights_file(end)) for end in ends)
     assert weights.keys() == expected.keys()
     assert sum(differing_bits(weights[name], expected[name]) for name in expected) == 0
     adam, expected_adam = (torch.load(end / OPTIMIZER_FILE, weights_only=True) for end in ends)
@@ -143,6 +143,12 @@ def assert_equal_runs(output: Path, reference: Path) -> None:
     assert metrics_of(output) == metrics_of(reference)
     assert rows_of(output / "rollouts.jsonl") == rows_of(reference / "rollouts.jsonl")
     assert links_of(output) == links_of(reference)
+
+
+def weights_file(checkpoint: Path) -> Path:
+    """The one file that holds what was trained: all weights, or an adapter."""
+    (path,) = checkpoint.glob("*.safetensors")
+    return path
 
 
 def links_of(output: Path) -> dict[str, str]:

@@ -89,7 +89,12 @@ def _memory_notes(config: Config, prompt: LongestPrompt) -> Iterator[str]:
         return  # `memory_lines` says why
     peak, (memory, whose) = _peak(parts), _memory(config)
     cache = _cache(config, prompt)
-    if cache is not None and cache[0] < cache[1]:
+    if cache is not None and cache[0] == 0:
+        yield (
+            "vLLM's share of the GPU DOES NOT HOLD its own copy of the weights; raise vllm.gpu_memory_utilization, or "
+            "let the policy itself sample: training.rollout_engine=transformers"
+        )
+    elif cache is not None and cache[0] < cache[1]:
         yield (
             f"vLLM's KV cache holds about {cache[0]:,} tokens, fewer than the {cache[1]:,} of the sequences that are "
             "sampled at once, so it computes some of them twice; raise vllm.gpu_memory_utilization, or set it to null"

@@ -82,8 +82,8 @@ def estimate_peak_memory(
         `weights`, `gradients`, `optimizer`, `reference` (the policy that a KL term measures from, unless it is the
         policy without its adapter), `activations` (kept for the backward pass of the largest microbatch), `log_probs`
         (a chunk of logits, and the head's gradient), `merging` (the largest matrix, while its adapter is merged for a
-        push), `vllm_awake`, `vllm_asleep`; `allowance` for what no tensor holds; and the peaks of the phases,
-        `rollout_peak` and `training_peak`.
+        push), `sampling` (what the transformers engine needs for a batch), `vllm_awake`, `vllm_asleep`; `allowance`
+        for what no tensor holds; and the peaks of the phases, `rollout_peak` and `training_peak`.
     """
     training, sizes = config.training, _sizes(model_config)
     n_parameters = count_parameters(model_config)["total"]
@@ -104,11 +104,12 @@ def estimate_peak_memory(
         "activations": activations,
         "log_probs": _log_probs(sizes, config, n_response_tokens),
         "merging": _merging(model_config, config) if uses_vllm else 0,
+        "sampling": 0 if uses_vllm else _sampling(sizes, training, longest_sequence),
         **_vllm(config, n_parameters, device_memory, uses_vllm),
         "allowance": CUDA_ALLOWANCE if device_memory is not None else 0,
     }
     resting = sum(parts[name] for name in ("weights", "optimizer", "reference", "allowance"))
-    parts["rollout_peak"] = resting + parts["merging"] + parts["vllm_awake"]
+    parts["rollout_peak"] = resting + parts["merging"] + parts["sampling"] + parts["vllm_awake"]
     parts["training_peak"] = (
         resting + parts["vllm_asleep"] + sum(parts[name] for name in ("gradients", "activations", "log_probs"))
     )
@@ -128,6 +129,13 @@ def _reference(config: Config, n_parameters: int) -> int:
     """A second model, if there is a KL term and the policy without its adapter is not what it measures from."""
     needed = config.training.kl_coef and not is_own_reference(config)
     return n_parameters * BYTES[config.training.reference_dtype] if needed else 0
+
+
+def _sampling(sizes: dict[str, int], training: Training, longest_sequence: int) -> int:
+    """The transformers engine's KV cache, and a step's logits, log-softmax and cumulative probabilities in float64."""
+    n_sequences = min(training.generation_batch_size, training.rollout_batch_size)
+    cache = 2 * sizes["n_layers"] * sizes["kv"] * BYTES[training.dtype] * longest_sequence
+    return n_sequences * (cache + (4 + 4 + 8 + 8) * sizes["vocabulary"])
 
 
 def _merging(model_config: dict[str, Any], config: Config) -> int:
