@@ -187,7 +187,7 @@ def test_it_resumes_exactly(tiny_model_dir: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"lora_rank": 65}, "k_proj is 64 x 128; give 64 or less"),
+        ({"lora_rank": 65}, r"^training\.lora_rank = 65 .*k_proj is 64 x 128; give 64 or less"),
         ({"lora_rank": 129, "lora_target": "attention"}, "above the smallest dimension"),
     ],
 )

@@ -38,6 +38,10 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 ATTENTION = ("attn", "attention")  # one of these is in the name of every family's attention
 
 
+class AdapterMistake(ValueError):
+    """An adapter's settings do not go with the model."""
+
+
 class WideLinear(nn.Linear):
     """Keeps its weight in float32 and computes in the dtype of its input, whether or not autocast is on."""
 
@@ -51,19 +55,19 @@ def has_adapter(policy: nn.Module) -> bool:
 
 
 def check_adapter(config: PreTrainedConfig, training: Training) -> None:
-    """Raise ValueError, before any weight is read, for a target that this model lacks or a rank above its matrices'."""
+    """Raise AdapterMistake, before weights are read, for a target that the model lacks or a rank above its matrices'."""
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config)
     targets, target, rank = targets_of(skeleton, training.lora_target), training.lora_target, training.lora_rank
     if not targets:
-        raise ValueError(
+        raise AdapterMistake(
             f"training.lora_target = {target!r} matches no matrix of {type(skeleton).__name__}; "
             f"{'set it to all-linear' if target == 'attention' else 'set training.lora_rank to null'}"
         )
     smallest = min(targets, key=lambda name: min(targets[name]))
     if rank > min(targets[smallest]):
         n_rows, n_columns = targets[smallest]
-        raise ValueError(
+        raise AdapterMistake(
             f"training.lora_rank = {rank} is above the smallest dimension of what it adapts: {smallest} is {n_rows} x "
             f"{n_columns}; give {min(n_rows, n_columns)} or less"
         )

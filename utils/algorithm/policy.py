@@ -24,6 +24,7 @@ from transformers.utils.logging import disable_progress_bar
 from configs.defaults import Training
 from utils.adapter_files import base_of, saved_adapter
 from utils.algorithm.adapters import (
+    AdapterMistake,
     adapter_weights,
     add_adapter,
     check_adapter,
@@ -94,6 +95,8 @@ def _load_weights(model_path: str, training: Training) -> PreTrainedModel:
             attn_implementation=training.attention_type,
             **four_bit_options(training),
         )
+    except AdapterMistake:
+        raise
     except (OSError, ImportError, ValueError, SafetensorError) as error:
         raise ValueError(f"{named}: cannot load the model: {_one_line(error)}") from error
     if dropouts:
