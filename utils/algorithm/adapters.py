@@ -55,7 +55,7 @@ def has_adapter(policy: nn.Module) -> bool:
 
 
 def check_adapter(config: PreTrainedConfig, training: Training) -> None:
-    """Raise AdapterMistake, before weights are read, for a target that the model lacks or a rank above its matrices'."""
+    """Raise AdapterMistake, before weights are read, for a target that the model lacks or a rank above its matrices."""
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config)
     targets, target, rank = targets_of(skeleton, training.lora_target), training.lora_target, training.lora_rank
