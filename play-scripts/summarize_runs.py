@@ -3,8 +3,9 @@
     python play-scripts/summarize_runs.py runs/lr_sweep
 
 A source is a run folder, a folder of run folders (`<run>/` or `<run>/seed_<n>/`), a long CSV (run_name, metric, step,
-value), or `wandb:entity/project`. Pictures are skipped. What is missing or damaged is named, and the rest is shown. `×`
-marks settings with a seed that collapsed: it counts with its last evaluation alone.
+value), or runs on a tracker: `wandb:entity/project`, `trackio:project`, `tensorboard:folder`. Pictures are skipped.
+What is missing or damaged is named, and the rest is shown. `×` marks settings with a seed that collapsed: it counts
+with its last evaluation alone.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
-from utils.log.tracker import fetch_wandb_runs
+from utils.log.trackers import FETCH
 from utils.plots.history import load_runs
 from utils.plots.summary import HEADER, markdown_table, summarize
 
@@ -28,7 +29,7 @@ def main() -> int:
     parser.add_argument("--metric", default="eval/reward", help="default: eval/reward")
     parser.add_argument("--markdown", action="store_true", help="print Markdown")
     arguments = parser.parse_args()
-    runs, complaints = load_runs(arguments.sources, fetch_wandb_runs)
+    runs, complaints = load_runs(arguments.sources, FETCH)
     known = sorted({metric for run in runs for metric in run.curves})
     if known and arguments.metric not in known:
         complaints.append(f"--metric {arguments.metric}: no run has it; they have {', '.join(known)}")

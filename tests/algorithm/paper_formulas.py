@@ -84,20 +84,21 @@ def kl_term(inputs: LossInputs, training: Training, i: int, t: int) -> torch.Ten
     return training.kl_coef * (log_pi - inputs.old_log_probs[i, t]).exp() * estimate
 
 
-def slow_objective(inputs: LossInputs, training: Training) -> torch.Tensor:
-    """The whole loss of B rollouts, those of one prompt side by side, token by token."""
+def slow_objective(inputs: LossInputs, training: Training, prompts: list[int] | None = None) -> torch.Tensor:
+    """The whole loss of B rollouts, token by token. `prompts` is each row's; None: those of one are side by side."""
     lengths = inputs.response_mask.sum(dim=1).tolist()
-    n, size = len(lengths), training.group_size
+    n = len(lengths)
+    prompts = [i // training.group_size for i in range(n)] if prompts is None else prompts
     cut = [lengths[j : j + training.microbatch_size] for j in range(0, n, training.microbatch_size)]
     total = torch.zeros((), dtype=torch.float64)
     for i, length in enumerate(lengths):
-        group = lengths[i // size * size : i // size * size + size]
+        group = [lengths[j] for j in range(n) if prompts[j] == prompts[i]]
         share = {
             "mean": 1 / max(length, 1) / n,
             "constant": 1 / training.normalize_constant / n,
             "microbatch": 1 / max(1, *cut[i // training.microbatch_size]) / n,
             "token": 1 / sum(lengths),
-            "prompt": 1 / max(sum(group), 1) / (n / size),
+            "prompt": 1 / max(sum(group), 1) / len(set(prompts)),
         }[training.normalize_mode]
         for t in range(inputs.response_mask.shape[1]):
             if inputs.response_mask[i, t]:

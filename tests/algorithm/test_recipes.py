@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from update_cases import ON_POLICY, N, make_batch
 
 from configs.defaults import Training
 from train_grpo import update_policy
-from utils.algorithm.batch import TrainBatch
+from utils.algorithm.batch import TrainBatch, minibatches
 from utils.algorithm.loss_inputs import LossInputs
 from utils.algorithm.losses import LOSSES, objective
 from utils.preflight.config import load_config
@@ -157,6 +158,40 @@ def test_the_loop_follows_the_objective_on_policy(policy_float64: torch.nn.Modul
     for new, old, gradient in zip(policy.parameters(), before.parameters(), expected, strict=True):
         torch.testing.assert_close((old - new).detach() / 1e-3, gradient, atol=1e-7, rtol=1e-5)
     assert max(gradient.abs().max() for gradient in expected) > 1e-3
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_loop_follows_the_papers_in_four_minibatches(policy_float64: torch.nn.Module, path: Path) -> None:
+    """Four steps of gradient descent on the token-by-token formulas end at the loop's weights; the later ones clip."""
+    training = replace(on_the_cpu(recipe(path)), train_batch_size=2, gradient_accumulation_steps=1)
+    batch = make_batch(rewards=(1, 0, 0, 1, 1, 0, 1, 1))
+    old = full_log_probs(policy_float64, batch).detach()
+    batch = replace(batch, sampler_log_probs=old.float() + 0.003)
+    loop, slow = copy.deepcopy(policy_float64), copy.deepcopy(policy_float64)
+    update_policy(loop, torch.optim.SGD(loop.parameters(), lr=0.02), batch, training, 0)
+    for rows in minibatches(N, training, 0):
+        inputs = inputs_of(replace(batch, old_log_probs=old), full_log_probs(slow, batch), rows)
+        value = slow_objective(inputs, training, (rows // training.group_size).tolist())
+        value = value + 0 * inputs.policy_log_probs.sum()  # with every token clipped it has no gradient at all
+        gradients = torch.autograd.grad(value, list(slow.parameters()))
+        with torch.no_grad():
+            for parameter, gradient in zip(slow.parameters(), gradients, strict=True):
+                parameter -= 0.02 * gradient
+    moved = 0.0
+    for new, expected, before in zip(loop.parameters(), slow.parameters(), policy_float64.parameters(), strict=True):
+        torch.testing.assert_close(new, expected, atol=1e-9, rtol=1e-7)
+        moved = max(moved, (new - before).abs().max().item())
+    assert moved > 1e-4
+
+
+def test_the_page_of_recipes_points_at_each_loss() -> None:
+    rows = [line for line in (ROOT / "docs/recipes.md").read_text().splitlines() if line.startswith("| [")]
+    code = (ROOT / "utils/algorithm/losses.py").read_text().splitlines()
+    named = {}
+    for row in rows:
+        name, line = re.search(r"recipes/(\w+)\.yaml", row)[1], int(re.search(r"losses\.py#L(\d+)", row)[1])
+        named[name] = re.match(r"def (\w+)\(", code[line - 1])[1]
+    assert named == {path.stem: recipe(path).loss_type for path in RECIPES}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -21,6 +21,17 @@ def test_without_a_terminal_a_line_per_minute_tells_how_far_it_is(
     assert [line.split()[1] for line in lines] == ["300", "600", "900", "1,200", "1,500", "1,800"]
 
 
+def test_a_first_minute_in_which_nothing_ends_is_told_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    with progress.progress_bar("rollouts", 64) as advance:
+        clock[0] += 61.0
+        advance(0)
+    assert capsys.readouterr().out == "rollouts 0 of 64  left unknown\n"
+
+
 def test_what_is_quick_is_not_told(capsys: pytest.CaptureFixture[str]) -> None:
     with progress.progress_bar("rollouts", 10) as advance:
         advance(5)

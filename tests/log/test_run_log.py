@@ -1,4 +1,4 @@
-"""What a run leaves behind: rows, rollouts, status and tracker, through crashes, resumes and failures."""
+"""What a run leaves behind: rows, rollouts and status, through crashes, resumes and failures."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import re
 import signal
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -32,7 +31,6 @@ from utils.log.files import (
 )
 from utils.log.metrics import METRICS, metrics_table
 from utils.log.run_log import RunLog
-from utils.log.tracker import fetch_wandb_runs
 from utils.records import Problem, Prompt, Reward, Rollout
 
 SPECIFIED = [
@@ -75,6 +73,10 @@ def make_rollouts(n: int) -> tuple[list[Rollout], list[Reward]]:
         Rollout(prompt, f"response {i}", (7,) * i, (-0.5,) * i, "length" if i % 2 else "stop") for i in range(n)
     ]
     return rollouts, [Reward(1.0, float(i % 2), i / 10) for i in range(n)]
+
+
+def warnings_in(folder: Path) -> list[str]:
+    return [row["warning"] for row in strict_rows(folder / "warnings.jsonl")]
 
 
 def indices(path: Path, split: str, step: int) -> list[int]:
@@ -345,153 +347,6 @@ with RunLog(Path(sys.argv[1]), n_grpo_steps=3) as log:
     assert "3/3" in bars
     assert "left" in bars
     assert " ".join(ending.split()) == "what to try next"  # below the bar, and nothing after it
-
-
-class FakeWandb(types.ModuleType):
-    """wandb as far as it is used here; `fails` names the call that raises."""
-
-    class Error(Exception):
-        pass
-
-    def __init__(self, fails: str = "", logged_in: bool = True) -> None:
-        super().__init__("wandb")
-        self.calls: list[tuple] = []
-        self.fails, self.logged_in, self.summary, self.id = fails, logged_in, {}, "abc"
-        comm_error = type("CommError", (self.Error,), {})
-        self.errors = types.SimpleNamespace(CommError=comm_error)
-        self.Settings = lambda **options: options
-        self.Table = lambda columns, data: {"columns": columns, "data": data}
-
-    def _called(self, name: str, *details: object) -> FakeWandb:
-        self.calls.append((name, *details))
-        if name == self.fails:
-            raise self.errors.CommError("no route to host\nsecond line")
-        return self
-
-    def setup(self) -> types.SimpleNamespace:
-        return types.SimpleNamespace(settings=types.SimpleNamespace(mode="online"))
-
-    def login(self, *, prompt: bool, verify: bool) -> bool:
-        assert not prompt
-        return self.logged_in
-
-    def init(self, mode: str = "online", **options: object) -> FakeWandb:
-        self.options = options
-        if mode == "offline":
-            self.calls.append(("offline",))
-            return self
-        return self._called("init")
-
-    def define_metric(self, name: str, step_metric: str | None = None) -> None:
-        self._called("define_metric", name, step_metric)
-
-    def log(self, row: dict) -> None:
-        self._called("log", row)
-
-    def finish(self, exit_code: int) -> None:
-        self._called("finish", exit_code)
-
-
-def log_with(wandb: FakeWandb | None, folder: Path, monkeypatch: pytest.MonkeyPatch, **options: object) -> RunLog:
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
-    log = RunLog(folder, n_grpo_steps=2, wandb_project="p", **options)
-    log.train_step(1, {"loss": 1.0})
-    log.evaluation(1, {"reward": 0.5})
-    log.close("finished")
-    assert len(strict_rows(folder / "metrics.jsonl")) == 2
-    return log
-
-
-def warnings_in(folder: Path) -> list[str]:
-    path = folder / "warnings.jsonl"
-    return [row["warning"] for row in strict_rows(path)] if path.exists() else []
-
-
-def test_tracker_axes_rows_and_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wandb = FakeWandb()
-    log = log_with(wandb, tmp_path, monkeypatch, tracker_id="abc", wandb_tags=["a"])
-    assert log.tracker_id == "abc"
-    assert (wandb.options["id"], wandb.options["resume"], wandb.options["tags"]) == ("abc", "allow", ["a"])
-    assert ("define_metric", "train/*", "grpo_step") in wandb.calls
-    assert ("define_metric", "eval/*", "eval_step") in wandb.calls
-    rows = [call[1] for call in wandb.calls if call[0] == "log"]
-    assert [(row.get("grpo_step"), row.get("eval_step")) for row in rows] == [(1, None), (None, 1)]
-    assert wandb.summary == {"status": "finished"}
-    assert wandb.calls[-1] == ("finish", 0)
-    assert warnings_in(tmp_path) == []
-
-
-def test_the_tracker_shows_rollouts_as_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wandb = FakeWandb()
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
-    rollouts, rewards = make_rollouts(4)
-    with RunLog(tmp_path, n_grpo_steps=2, wandb_project="p") as log:
-        log.rollouts("train", 1, rollouts, rewards, n=2, group_size=2)
-        log.rollouts("eval", 1, rollouts, rewards, n=0)
-    (row,) = [call[1] for call in wandb.calls if call[0] == "log"]
-    assert (row["grpo_step"], list(row)[1]) == (1, "rollouts/train")
-    table = row["rollouts/train"]
-    written = strict_rows(tmp_path / "rollouts.jsonl")
-    assert [dict(zip(table["columns"], values, strict=True)) for values in table["data"]] == [
-        row | {"truth": "2 or two"} for row in written
-    ]
-
-
-def test_tracker_failures_warn_once_and_the_run_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for fails, expected in (
-        ("init", "no connection \\(no route to host\\); kept offline"),
-        ("log", "wandb failed, metrics.jsonl goes on without it: CommError: no route to host$"),
-        ("finish", "wandb failed"),
-    ):
-        wandb = FakeWandb(fails)
-        log_with(wandb, tmp_path / fails, monkeypatch)
-        (warning,) = warnings_in(tmp_path / fails)
-        assert re.search(expected, warning)
-        assert [call[0] for call in wandb.calls].count(fails) == 1
-    offline = FakeWandb(logged_in=False)
-    log_with(offline, tmp_path / "offline", monkeypatch)
-    assert ("offline",) in offline.calls
-    assert "not logged in" in warnings_in(tmp_path / "offline")[0]
-    assert offline.options["name"] == f"{tmp_path.name}/offline"
-    assert f"wandb sync {tmp_path}/offline/wandb/offline-*" in capsys.readouterr().out.splitlines()[-1]
-    log_with(None, tmp_path / "missing", monkeypatch)
-    (warning,) = warnings_in(tmp_path / "missing")
-    assert "ModuleNotFoundError" in warning
-
-
-@pytest.mark.parametrize("environment", [{"WANDB_MODE": "offline"}, {}], ids=["offline", "not logged in"])
-def test_real_wandb_without_network(tmp_path: Path, environment: dict[str, str]) -> None:
-    code = """
-import sys
-from pathlib import Path
-from utils.log.run_log import RunLog
-with RunLog(Path(sys.argv[1]), n_grpo_steps=1, wandb_project="p", config={"a": 1}) as log:
-    log.train_step(1, {"loss": float("nan")})
-    print("id", log.tracker_id)
-"""
-    done = run_child(code, tmp_path / "run", HOME=str(tmp_path), **environment)
-    assert done.returncode == 0, done.stderr
-    (kept,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
-    assert f"id {kept.stem.removeprefix('run-')}" in done.stdout
-    assert [("not logged in" in text) for text in warnings_in(tmp_path / "run")] == ([True] if not environment else [])
-
-
-def test_tracked_runs_are_fetched_as_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    history = [{"grpo_step": 1, "train/loss": 0.5}]
-    run = types.SimpleNamespace(
-        name="n", id="i", config={"training": {"seed": 3}}, summary={"status": "collapsed"}, state="crashed"
-    )
-    run.scan_history = lambda: iter(history)
-    wandb = FakeWandb()
-    wandb.Api = lambda: types.SimpleNamespace(runs=lambda project: [run], run=lambda path: run)
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
-    expected = {"name": "n", "id": "i", "seed": 3, "ending": "collapsed", "history": history}
-    assert fetch_wandb_runs("entity/project") == [expected]
-    wandb.Api = lambda: (_ for _ in ()).throw(wandb.Error("no key"))
-    with pytest.raises(ValueError, match=r"^Error: no key$"):
-        fetch_wandb_runs("entity/project")
 
 
 def test_run_info(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import runpy
 import sys
 from pathlib import Path
@@ -31,6 +32,18 @@ def test_eval_grader_names_the_row_it_cannot_read(
         runpy.run_path(str(SCRIPTS / "eval_grader.py"), run_name="__main__")
     assert ended.value.code == 2
     assert capsys.readouterr().err.splitlines()[-1] == f"eval_grader.py: error: {path}:2: {complaint}"
+
+
+def test_losses_beside_trl_are_skipped_in_one_line_without_trl(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "trl" else find(name, *rest))
+    monkeypatch.setattr(sys, "argv", ["bench/losses_trl.py", "--output", str(tmp_path / "out")])
+    runpy.run_path(str(SCRIPTS / "bench/losses_trl.py"), run_name="__main__")
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "skipped" in line and "trl==1.16" in line
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -78,10 +78,14 @@ def test_tracked_runs(tmp_path: Path) -> None:
     history = [{"eval_step": 0, "eval/reward": 0.5}, {"grpo_step": 1, "train/loss": "NaN", "optimizer_step": 4}]
     tracked = [{"name": "n", "id": i, "seed": seed, "ending": "finished", "history": history} for i, seed in
                (("i", 1), ("j", 2), ("k", 2))]  # fmt: skip
-    runs, complaints = load_runs(["wandb:e/p"], lambda project: tracked if project == "e/p" else [])
+    runs, complaints = load_runs(["wandb:e/p"], {"wandb": lambda project: tracked if project == "e/p" else []})
     assert [(run.name, run.seed) for run in runs] == [("n", 1), ("n", 2), ("wandb:e/p/k/n", 2)]
     assert len(complaints) == 1
     assert runs[0].curves["eval/reward"] == {0: Point(0.5, 0, None)}
+    fetch = {"trackio": lambda project: [tracked[0] | {"name": "a/seed_1"}], "wandb": lambda project: tracked[:1]}
+    runs, _ = load_runs(["wandb:e/n", "trackio:p", "trackio:q"], fetch)
+    assert [(run.name, run.seed) for run in runs] == [("n", 1), ("a", 1), ("trackio/a", 1)]
+    runs, _ = load_runs(["wandb:e/p"], {"wandb": lambda project: tracked[:1]})
     assert math.isnan(runs[0].curves["train/loss"][1].value)
 
 

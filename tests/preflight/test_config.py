@@ -110,6 +110,15 @@ def test_base_is_relative_to_the_file_that_names_it(tmp_path: Path) -> None:
     assert load_config([path]).training.seed == 5
 
 
+def test_of_several_bases_the_later_wins_and_each_may_have_its_own(tmp_path: Path) -> None:
+    write(tmp_path, "ground.yaml", "training: {seed: 1, group_size: 2, max_tokens: 5}")
+    write(tmp_path, "first.yaml", "base: ground.yaml\ntraining: {group_size: 4, max_tokens: 6}")
+    write(tmp_path, "second.yaml", "training: {max_tokens: 7, min_tokens: 1}")
+    path = write(tmp_path, "run.yaml", "base: [first.yaml, second.yaml]\ntraining: {min_tokens: 2}")
+    t = load_config([path]).training
+    assert (t.seed, t.group_size, t.max_tokens, t.min_tokens) == (1, 4, 7, 2)
+
+
 def test_a_list_replaces_the_list_before_it() -> None:
     assert load_config([], ["training.stop=[]"]).training.stop == []
 
@@ -138,6 +147,12 @@ def test_numbers_as_people_write_them() -> None:
         ("training:\n  gradient_accumulation_steps: 100\n", r"does not divide into microbatches"),
         ("training:\n  min_tokens: 2000\n", r"min_tokens = 2000 .*max_tokens = 1024 .* lower min_tokens"),
         ("training:\n  group_size: 1\n", r"every advantage is 0"),
+        (
+            "training:\n  trackers: [wandb, tensorbord]\n",
+            r"trackers = .*bad\.yaml:2\): choose .* wandb, trackio, tensorboard",
+        ),
+        ("training:\n  trackers: [wandb, wandb]\n", r"trackers = .* each tracker once"),
+        ("training:\n  wandb_project: me/p\n", r"wandb_project = 'me/p' .* none of /"),
         ("training:\n  device: gpu\n", r"device = 'gpu' .* must be cpu, cuda, or cuda:N"),
         ("training:\n  autocast_dtype: bfloat16\n", r"autocast is for float32 weights"),
         ("training:\n  system_prompt: Hi\n", r"only read with a chat template"),
@@ -162,7 +177,9 @@ def test_numbers_as_people_write_them() -> None:
         ("- 1\n", r"bad\.yaml:1: holds no sections"),
         ("3\n", r"bad\.yaml:1: holds no sections"),
         ("# a note\nseed 3\nand more\n", r"bad\.yaml:2: holds no sections"),
-        ("base: [a]\n", r"bad\.yaml:1: base = \[a\]: give the path of a YAML file"),
+        ("base: {a: b}\n", r"bad\.yaml:1: base = \{a: b\}: give the path of a YAML file, or a list"),
+        ("base: [[a]]\n", r"bad\.yaml:1: base = \[\[a\]\]: give the path of a YAML file, or a list"),
+        ("base: [nowhere.yaml]\n", r"nowhere\.yaml: no such config file .* named as base by bad\.yaml"),
         ("training: 3\n", r"bad\.yaml:1: training is a section"),
         ("base: nowhere.yaml\n", r"nowhere\.yaml: no such config file .* named as base by bad\.yaml"),
         ("base: bad.yaml\n", r"its base leads back to itself"),

@@ -132,3 +132,15 @@ def test_a_resumed_run_keeps_what_was_derived_if_it_still_fits(
     monkeypatch.setattr(machine, "_ask_driver", lambda: (14 * 10**9, 14 * 10**9))
     smaller, _ = fit_to_card(config, origins, resume=True)
     assert smaller.training.max_tokens_per_microbatch < fitted.training.max_tokens_per_microbatch
+
+
+def test_the_card_that_is_asked_is_the_first_visible_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = tmp_path / "nvidia-smi"  # 1,024 MiB where no card is named, 81,559 where card 2 is
+    tool.write_text('#!/bin/sh\ncase "$*" in *--id=2) echo 81559, 80000 ;; *) echo 1024, 512 ;; esac\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for visible, total in (("2,0", 81559), ("", 1024)):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        machine._ask_driver.cache_clear()
+        assert machine.gpu_memory() == total * 2**20
+    machine._ask_driver.cache_clear()

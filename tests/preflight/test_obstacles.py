@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from configs.defaults import Config, Paths
+from configs.defaults import Config, Paths, Training
 from utils.preflight import hub
 from utils.preflight.config import save_config
 from utils.preflight.machine import host_memory
@@ -44,6 +44,16 @@ def model_in(folder: Path, **tokenizer: object) -> Config:
 
 def lines_about(config: Config, key: str) -> list[str]:
     return [line for line in shortfalls(config) if line.startswith(key)]
+
+
+def test_a_tracker_whose_package_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    wanted = Config(training=Training(trackers=["trackio"], use_bnb_adamw8bit=False))
+    (line,) = lines_about(wanted, "the tracker trackio")
+    assert 'pip install -e ".[trackers]"' in line
+    (line,) = lines_about(Config(training=Training(wandb_project="p")), "the tracker wandb")
+    assert "pip install wandb" in line
+    assert lines_about(Config(), "the tracker") == []
 
 
 def test_the_command_tells_mistakes_in_one_line_with_status_2(tmp_path: Path) -> None:
@@ -194,6 +204,33 @@ def test_a_missing_chat_template(tmp_path: Path) -> None:
     assert not lacks_chat_template(str(tmp_path))
 
 
+def test_a_reference_of_another_vocabulary(tmp_path: Path) -> None:
+    config, reference = model_in(tmp_path / "model"), tmp_path / "reference"
+    config.training.reference_path = str(reference)
+    assert not lines_about(config, "training.reference_path")  # kl_coef is 0: nothing is loaded
+    config.training.kl_coef = 0.1
+    (line,) = lines_about(config, f"training.reference_path = '{reference}'")
+    assert "no config.json" in line
+    write(reference, "config.json", json.dumps(SIZES))
+    assert not lines_about(config, "training.reference_path")
+    tokens = {"a": 0, "b": 1, "c": 2}
+    write(tmp_path / "model", "tokenizer.json", json.dumps({"model": {"vocab": tokens}}))
+    added = [{"id": 3, "content": "<pad>"}]  # in the reference alone
+    same, unigram = {"vocab": tokens}, {"vocab": [["a", -1.0], ["b", -2.0], ["c", -3.0]]}
+    for model, complaint in [
+        (same, None),
+        (unigram, None),
+        ({"vocab": tokens | {"b": 2, "c": 1}}, "id 2 is the token 'b' in its vocabulary and 'c' in the policy's"),
+        ({}, "tokenizer.json: no vocabulary in it"),
+    ]:
+        write(reference, "tokenizer.json", json.dumps({"model": model, "added_tokens": added}))
+        found = lines_about(config, "training.reference_path")
+        assert not found if complaint is None else complaint in found[0]
+    write(reference, "config.json", json.dumps(SIZES | {"vocab_size": 120}))
+    (line,) = lines_about(config, "training.reference_path")
+    assert "has 120 tokens, the policy's has 100" in line and str(tmp_path / "model") in line
+
+
 @pytest.mark.parametrize("text", ["{", "[1]", "[" * 100_000, "\xff"])
 def test_a_broken_config_json_is_an_obstacle(tmp_path: Path, text: str) -> None:
     config = model_in(tmp_path)
@@ -226,7 +263,7 @@ def online(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    hub._answers.cache_clear()
+    hub.answers.cache_clear()
     return monkeypatch
 
 

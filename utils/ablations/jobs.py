@@ -127,8 +127,9 @@ def check_machine(job: Job, path: Path) -> None:
 def identity(config: Config) -> str:
     """The same text for configs that differ only in where a run goes and what it is called."""
     sections = asdict(config)
-    for section, name in (("paths", "output_dir"), ("training", "wandb_run_name"), ("training", "wandb_tags")):
-        del sections[section][name]
+    del sections["paths"]["output_dir"]
+    for name in ("trackers", "wandb_run_name", "wandb_tags"):
+        del sections["training"][name]
     return json.dumps(sections)
 
 

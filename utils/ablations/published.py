@@ -33,6 +33,7 @@ class Ablation:
     also_drawn: tuple[str, ...] = ()
     prepare: tuple[str, ...] = ()
     note: str = ""
+    source: str = ""  # of `published`; empty: SOURCE
 
 
 def load_published(path: Path) -> tuple[str, dict[str, Ablation]]:

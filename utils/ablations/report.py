@@ -115,7 +115,8 @@ def published_parts(ablation: Ablation, runs: Sequence[Run]) -> list[str]:
     settings = by_setting(runs)
     rows = [(claim.text, verdict) for claim in ablation.claims if (verdict := check(claim, settings))]
     table = markdown_rows([("published" if ablation.published else "expected", "here"), *rows])
-    parts = ["## Published, and here", f"{ablation.published} ({SOURCE})"] if ablation.published else []
+    published = f"{ablation.published} ({ablation.source or SOURCE})"
+    parts = ["## Published, and here", published] if ablation.published else []
     return [*parts, *([table] if rows else []), ablation.note]
 
 

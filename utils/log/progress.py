@@ -90,7 +90,7 @@ def progress_bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
             now = time.monotonic()
             if not bar.is_drawn and done < total and now >= last_line + LINE_INTERVAL:
                 last_line = now
-                left = timedelta(seconds=round((now - started) / done * (total - done)))
+                left = str(timedelta(seconds=round((now - started) / done * (total - done)))) if done else "unknown"
                 bar.line(f"{label} {done:,} of {total:,}  left {left}")
 
         yield advance

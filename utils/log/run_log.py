@@ -1,10 +1,10 @@
-"""What a run writes while it trains: the console, the JSONL files, and the tracker."""
+"""What a run writes while it trains: the console and the JSONL files, which trackers follow."""
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,15 @@ from utils.log.files import (
     encode_row,
     write_atomically,
 )
+from utils.log.followers import Followers, new_run_id
 from utils.log.metrics import written_names
 from utils.log.rollout_rows import choose_groups, rollout_rows
-from utils.log.tracker import NullTracker, WandbTracker, describe, tracker_errors
+from utils.log.tracker import PATIENCE, TrackedRun, default_name
 from utils.records import Reward, Rollout
 
 
 class RunLog:
-    """The log of one run. `metrics.jsonl` is the source of truth; console and tracker show what it holds.
+    """The log of one run. `metrics.jsonl` is the source of truth; console and trackers show what it holds.
 
     `grpo_step` counts completed steps in every call: 1 after the first, 0 for the evaluation before training.
     Not-a-number and infinity are written as null, with a `nonfinite` entry in the row that says which it was.
@@ -39,9 +40,11 @@ class RunLog:
         output_dir: Path,
         *,
         n_grpo_steps: int,
-        wandb_project: str = "",
-        wandb_run_name: str = "",
-        wandb_tags: Sequence[str] = (),
+        trackers: Sequence[str] = (),
+        tracker_project: str = "",
+        tracker_run_name: str = "",
+        tracker_tags: Sequence[str] = (),
+        tracker_patience: float = PATIENCE,
         config: dict[str, Any] | None = None,
         tracker_id: str | None = None,
         resume_at: int | None = None,
@@ -51,7 +54,8 @@ class RunLog:
 
         `resume_at=k` goes on after GRPO step k, last evaluated at step `evaluated_at` (-1: not yet; None: at k). Later
         rows and rollouts are cut, so that each step is there once; warnings stay. `tracker_id` is the `tracker_id` of
-        the run that is resumed. Raises FileExistsError if the folder has metrics although `resume_at` is None.
+        the run that is resumed. `trackers` are names of `trackers.TRACKERS`; the other arguments about them are fields
+        of `TrackedRun`. Raises FileExistsError if the folder has metrics although `resume_at` is None.
         """
         self._output_dir = Path(output_dir)
         self._output_dir.mkdir(parents=True, exist_ok=True)
@@ -66,13 +70,10 @@ class RunLog:
         self._console = TrainingConsole(n_grpo_steps, self._grpo_step)
         for complaint in complaints:
             self.warn(complaint)
-        self._tracker: NullTracker | WandbTracker = NullTracker(tracker_id)
-        if wandb_project:
-            with self._tracker_may_fail():
-                name = wandb_run_name or None
-                self._tracker = WandbTracker(self._output_dir, wandb_project, name, wandb_tags, config, tracker_id)
-                self._warn_if_offline()
-            self._started = time.monotonic() - already_run  # waiting for the tracker's server is no training time
+        self._tracker_id = tracker_id or (new_run_id() if trackers else None)
+        name, tags = tracker_run_name or default_name(self._output_dir), list(tracker_tags)
+        about = (str(self._output_dir), tracker_project, name, self._tracker_id or "", tags, config, resume_at)
+        self._followers = Followers(trackers, TrackedRun(*about, tracker_patience))
 
     def _prepare_files(self, resume_at: int | None, evaluated_at: int | None) -> tuple[list[dict], list[str]]:
         if resume_at is None:
@@ -92,8 +93,8 @@ class RunLog:
 
     @property
     def tracker_id(self) -> str | None:
-        """What a resumed run passes as `tracker_id`; None if there is no tracker."""
-        return self._tracker.run_id
+        """What a resumed run passes as `tracker_id`; None if there has been no tracker."""
+        return self._tracker_id
 
     @property
     def time(self) -> float:
@@ -131,12 +132,8 @@ class RunLog:
         Rollouts of one prompt are `group_size` side by side. `choose_groups` says which groups are taken.
         """
         chosen = choose_groups(split, grpo_step, len(rollouts), group_size, n)
-        rows = list(rollout_rows(split, grpo_step, rollouts, rewards, advantages, group_size=group_size, chosen=chosen))
-        for row in rows:
+        for row in rollout_rows(split, grpo_step, rollouts, rewards, advantages, group_size=group_size, chosen=chosen):
             self._write(ROLLOUTS_FILE, row)
-        if rows:
-            with self._tracker_may_fail():
-                self._tracker.log_rollouts(split, grpo_step, rows)
 
     def note(self, text: str) -> None:
         """Print a line, above the progress bar."""
@@ -154,7 +151,7 @@ class RunLog:
             file.write(encode_row(row) + "\n")
 
     def close(self, status: str, detail: str = "") -> None:
-        """Write status.json and let go of terminal, files and tracker. Called again, it does nothing.
+        """Write status.json and let go of terminal, files and trackers. Called again, it does nothing.
 
         `status` says how the run ended: finished, collapsed, interrupted, time_limit or failed. Raises CannotWrite
         if status.json cannot be written, after the rest is closed.
@@ -172,10 +169,7 @@ class RunLog:
                 with contextlib.suppress(OSError):  # what a full disk refused before is refused again
                     file.close()
             self._console.close()
-            with self._tracker_may_fail():
-                self._tracker.close(status)
-                if self._tracker.is_offline:
-                    self.note(f"wandb kept this run offline; send it with\n  {self._sync_command}")
+            self._tell(self._followers.close(status))
 
     def __enter__(self) -> RunLog:
         return self
@@ -199,23 +193,8 @@ class RunLog:
         values = {name: int(v) if name == "optimizer_step" else float(v) for name, v in metrics.items()}
         row = {**axis, "time": round(self.time, 3), **values}
         self._write(METRICS_FILE, row)
-        with self._tracker_may_fail():
-            self._tracker.log(row)
+        self._tell(self._followers.messages())
 
-    @contextlib.contextmanager
-    def _tracker_may_fail(self) -> Iterator[None]:
-        """If the tracker fails, warn once and go on without it."""
-        try:
-            yield
-        except tracker_errors() as error:
-            self._tracker = NullTracker(self._tracker.run_id)
-            self.warn(f"wandb failed, {METRICS_FILE} goes on without it: {describe(error)}")
-
-    def _warn_if_offline(self) -> None:
-        if self._tracker.offline_because:
-            reason = self._tracker.offline_because
-            self.warn(f"wandb: {reason}; kept offline, `{self._sync_command}` sends it later")
-
-    @property
-    def _sync_command(self) -> str:
-        return f"wandb sync {self._output_dir}/wandb/offline-*"
+    def _tell(self, messages: Iterable[tuple[str, str]]) -> None:
+        for kind, text in messages:
+            (self.warn if kind == "warning" else self.note)(text)

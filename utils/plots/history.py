@@ -6,7 +6,7 @@ import csv
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -19,7 +19,7 @@ OWN_CSV_COLUMNS = ("run_name", "seed", "metric", "step", "optimizer_step", "time
 ENDINGS_FILE = "endings.csv"  # beside a metrics.csv: how its runs ended
 ENDINGS_COLUMNS = ("run_name", "seed", "ending", "same_as")
 PICTURES = (".png", ".svg")  # lie beside runs, so that `runs/*` names them too
-WANDB_PREFIX = "wandb:"
+TRACKED = ("wandb:", "trackio:", "tensorboard:")  # begin sources that are read from a tracker
 UNKNOWN_ENDING = "unknown"
 UNFINISHED = "unfinished"
 
@@ -56,19 +56,19 @@ class Run:
 
 
 def load_runs(
-    sources: Iterable[str | Path], fetch_tracked: Callable[[str], list[Row]] | None = None
+    sources: Iterable[str | Path], fetch: Mapping[str, Callable[[str], list[Row]]] | None = None
 ) -> tuple[list[Run], list[str]]:
     """Every run in the sources, and a complaint for each thing that is missing, damaged or ambiguous.
 
-    A source is a run folder, a folder of them (run/ or run/seed_n/), a long CSV file, or `wandb:entity/project`,
-    which `fetch_tracked` turns into rows of name, id, seed, ending and history (`tracker.fetch_wandb_runs`). Pictures
-    are skipped.
+    A source is a run folder, a folder of them (run/ or run/seed_n/), a long CSV file, or what is on a tracker,
+    `wandb:entity/project`, which `fetch["wandb"]` turns into rows of name, id, seed, ending and history
+    (`trackers.FETCH`). Pictures are skipped.
     """
     runs: list[Run] = []
     complaints: list[str] = []
     for source in map(str, sources):
         try:
-            loaded, damage = _load(source, fetch_tracked)
+            loaded, damage = _load(source, fetch or {})
         except (ValueError, OverflowError, csv.Error) as error:
             loaded, damage = [], [f"{source}: can't be read ({error})"]
         runs += loaded
@@ -77,11 +77,10 @@ def load_runs(
     return runs, complaints + renamed
 
 
-def _load(source: str, fetch_tracked: Callable[[str], list[Row]] | None) -> tuple[list[Run], list[str]]:
-    if source.startswith(WANDB_PREFIX):
-        assert fetch_tracked is not None, "the caller passes what reads a tracker"
-        project = source.removeprefix(WANDB_PREFIX)
-        return [run_from_tracker(project, row) for row in fetch_tracked(project)], []
+def _load(source: str, fetch: Mapping[str, Callable[[str], list[Row]]]) -> tuple[list[Run], list[str]]:
+    if source.startswith(TRACKED):
+        tracker, _, place = source.partition(":")
+        return [run_from_tracker(source, row) for row in fetch[tracker](place)], []
     if Path(source).is_dir():
         return load_folder(Path(source))
     if Path(source).is_file():
@@ -214,12 +213,20 @@ def write_csv(runs: Sequence[Run], path: Path) -> None:
             csv.writer(file, lineterminator="\n").writerows([columns, *lines])
 
 
-def run_from_tracker(project: str, tracked: Row) -> Run:
-    """A run from a tracker's name, id, seed, ending and history."""
-    origin = WANDB_PREFIX + project
-    run = Run(tracked["name"], origin, f"{origin}/{tracked['id']}", tracked["seed"], tracked["ending"])
+def run_from_tracker(origin: str, tracked: Row) -> Run:
+    """A run from a tracker's name, id, seed, ending and history. `origin` is the source that it came from."""
+    name = tracked["name"].removesuffix(f"/seed_{tracked['seed']}")  # as runs/<name>/seed_<n> is called there
+    run = Run(name, origin, f"{origin}/{tracked['id']}", tracked["seed"], tracked["ending"])
     run.curves = curves_from_rows(tracked["history"])
     return run
+
+
+def _short_origin(origin: str) -> str:
+    """runs/lr/3e-5 -> lr, results/lr.csv -> lr, trackio:project -> trackio."""
+    if origin.startswith(TRACKED):
+        return origin.partition(":")[0]
+    path = Path(origin)
+    return path.stem if path.suffix else path.parent.name
 
 
 def tell_apart(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
@@ -235,8 +242,7 @@ def tell_apart(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
             continue
         given.add((name, run.place, run.seed))
         if owners.setdefault(run.name, run.origin) != run.origin:
-            origin = Path(run.origin)
-            run.name = f"{origin.stem if origin.suffix else origin.parent.name}/{name}"
+            run.name = f"{_short_origin(run.origin)}/{name}"
         same = any((run.name, run.seed) == (other.name, other.seed) for other in apart)
         if same or owners.setdefault(run.name, run.origin) != run.origin:
             run.name = f"{run.place}/{name}"

@@ -28,7 +28,7 @@ Leaf = tuple[str, yaml.Node, str]  # a field's dotted name, its value, and where
 
 
 def load_config(config_files: Iterable[str | Path] = (), overrides: Iterable[str] = ()) -> Config:
-    """Merge YAML files in order, each after the file its `base:` names, then `key=value` overrides; then validate.
+    """Merge YAML files in order, each after the files its `base:` names, then `key=value` overrides; then validate.
 
     Raises ConfigError (a ValueError) with the value, the file and line, and the remedy.
     """
@@ -97,7 +97,7 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def _file_leaves(path: Path, chain: tuple[Path, ...]) -> Iterator[Leaf]:
-    """The fields of a YAML file, after those of the file that its `base:` names."""
+    """The fields of a YAML file, after those of the file, or the list of files, that its `base:` names."""
     if path.resolve() in chain:
         raise ConfigError(f"{path}: its base leads back to itself; break the circle")
     try:
@@ -110,8 +110,8 @@ def _file_leaves(path: Path, chain: tuple[Path, ...]) -> Iterator[Leaf]:
     try:
         top_level = _top_level(text, path)
         base, line = top_level.pop("base", (None, 0))
-        if base is not None:
-            yield from _file_leaves(path.parent / _base_name(base, f"{path}:{line}"), (*chain, path.resolve()))
+        for name in [] if base is None else _base_names(base, f"{path}:{line}"):
+            yield from _file_leaves(path.parent / name, (*chain, path.resolve()))
         for section, (node, line) in top_level.items():
             if section in sections() and isinstance(node, yaml.MappingNode):
                 for key, (leaf, leaf_line) in entries(node).items():
@@ -133,11 +133,12 @@ def _top_level(text: str, path: Path) -> dict[str, tuple[yaml.Node, int]]:
     return entries(tree)
 
 
-def _base_name(node: yaml.Node, origin: str) -> str:
+def _base_names(node: yaml.Node, origin: str) -> list[str]:
     try:
-        return to_value(node, str)
+        return to_value(node, list[str]) if isinstance(node, yaml.SequenceNode) else [to_value(node, str)]
     except ValueError as error:
-        raise ConfigError(f"{origin}: base = {source_of(node)}: give the path of a YAML file") from error
+        remedy = "give the path of a YAML file, or a list of paths"
+        raise ConfigError(f"{origin}: base = {source_of(node)}: {remedy}") from error
 
 
 def _override_leaves(overrides: Iterable[str]) -> Iterator[Leaf]:

@@ -98,7 +98,9 @@ def _broken_rule(value: Any, rules: Mapping[str, Any]) -> str | None:
     if value is None:
         return None
     own_code = rules.get("own_code", False)
-    if "choices" in rules and value not in rules["choices"] and not (own_code and is_own(value)):
+    items = value if isinstance(value, list) else [value]
+    is_known = "choices" not in rules or all(item in rules["choices"] for item in items)
+    if not is_known and not (own_code and is_own(value)):
         own = ", or path/to/file.py:function" if own_code else ""
         return f"choose one of: {', '.join(map(str, rules['choices']))}{own}"
     # written so that NaN breaks them
@@ -142,6 +144,7 @@ def _rules_between(config: Config) -> list[Rule]:
         *_reward_rules("training.reward_fn", [config.training.reward_fn]),
         *_reward_rules("training.extra_rewards", config.training.extra_rewards),
         *_stop_rules(config.training),
+        *_tracker_rules(config.training),
         *loss_rules(config.training),
         *correction_rules(config.training),
         *shaping_rules(config.training),
@@ -221,6 +224,17 @@ def _stop_rules(t: Training) -> Iterator[Rule]:
                 f"the stop string {stop!r} would be cut off, and the reward function {reward} looks for {closing!r}; "
                 "set include_stop_str_in_output to true, or take that string out of stop",
             )
+
+
+def _tracker_rules(t: Training) -> list[Rule]:
+    return [
+        (("training.trackers",), len(set(t.trackers)) < len(t.trackers), "name each tracker once"),
+        (
+            ("training.wandb_project",),
+            re.fullmatch(r"[^/\\#?%:]{0,128}", t.wandb_project) is None,
+            "a project's name has at most 128 letters, and none of / \\ # ? % :",
+        ),
+    ]
 
 
 def _machine_rules(t: Training) -> list[Rule]:

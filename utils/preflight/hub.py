@@ -54,7 +54,7 @@ def unavailable(model_path: str) -> str | None:
         if os.environ.get(name, "").upper() in ON:
             return f"it is not on this machine, and {name} is set; unset that, or give a checkpoint folder"
     endpoint = os.environ.get("HF_ENDPOINT", ENDPOINT)
-    if _answers(f"{endpoint}/{model_path}/resolve/main/config.json"):
+    if answers(f"{endpoint}/{model_path}/resolve/main/config.json"):
         return None
     return (
         f"it is not on this machine, and {endpoint} does not answer within {PATIENCE} seconds; check the network, or "
@@ -63,7 +63,7 @@ def unavailable(model_path: str) -> str | None:
 
 
 @functools.cache
-def _answers(url: str) -> bool:
+def answers(url: str) -> bool:
     """True if anything but silence comes back. Asked in a thread, as looking up the name has no time limit."""
     answered = []
 

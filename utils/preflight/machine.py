@@ -28,13 +28,13 @@ def has_gpu() -> bool:
 
 
 def gpu_memory() -> int | None:
-    """Bytes of memory that the first GPU has, as the driver's tool says; None if there is no GPU or no such tool."""
+    """Bytes of memory that the first visible GPU has, by the driver's tool; None if there is no GPU or no such tool."""
     asked = _ask_driver()
     return asked and asked[0]
 
 
 def this_card() -> Card:
-    """The first GPU's memory and what was free of it when it was first asked, or a card that is assumed."""
+    """The first visible GPU's memory and what was free of it when it was first asked, or a card that is assumed."""
     asked = _ask_driver()
     if asked is None:
         return Card(ASSUMED_GPU, ASSUMED_GPU, "assumed, as no GPU here tells its memory")
@@ -45,6 +45,9 @@ def this_card() -> Card:
 def _ask_driver() -> tuple[int, int] | None:
     """(total, free) bytes. Asked once, before this process itself takes any."""
     command = ["nvidia-smi", "--query-gpu=memory.total,memory.free", "--format=csv,noheader,nounits"]
+    first_visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip()
+    if first_visible:  # an index or a UUID; the tool takes both, and lists all cards without it
+        command.append(f"--id={first_visible}")
     try:
         listed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout
         total, free = listed.splitlines()[0].split(",")

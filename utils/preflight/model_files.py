@@ -56,6 +56,30 @@ def context_of(model_config: dict[str, Any]) -> int | None:
     return next((sizes[name] for name in CONTEXT_NAMES if isinstance(sizes.get(name), int)), None)
 
 
+def vocabulary_size(model_config: dict[str, Any]) -> int | None:
+    """Rows of the model's embedding; None if its config does not say."""
+    size = (model_config.get("text_config") or model_config).get("vocab_size")
+    return size if isinstance(size, int) else None
+
+
+def vocabulary(model_path: str) -> dict[str, int] | None:
+    """The model's tokens and their ids by its tokenizer.json, None if that is not on this machine.
+
+    Raises ValueError if the file is not what tokenizers write.
+    """
+    file = model_file(model_path, "tokenizer.json")
+    if file is None:
+        return None
+    content = _json_object(file)
+    try:
+        tokens = content["model"]["vocab"]
+        if isinstance(tokens, list):  # of a Unigram model: [token, score] in the order of their ids
+            tokens = {token: i for i, (token, _) in enumerate(tokens)}
+        return tokens | {added["content"]: added["id"] for added in content.get("added_tokens", [])}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file}: no vocabulary in it") from error
+
+
 def lacks_chat_template(model_path: str) -> bool:
     """True if the model's tokenizer is on this machine and has no chat template. Raises ValueError for broken JSON."""
     tokenizer = _json_object(model_file(model_path, "tokenizer_config.json"))

@@ -27,6 +27,7 @@ from utils.preflight.disk import too_little_space
 from utils.preflight.hub import unavailable
 from utils.preflight.machine import has_gpu
 from utils.preflight.model_files import context_of, is_local, lacks_chat_template, model_config
+from utils.preflight.reference_model import reference_obstacles
 from utils.preflight.resume_rules import changed_fields
 from utils.problems import load_template, read_problems
 
@@ -43,6 +44,8 @@ HOW_TO_INSTALL = {
     "flash_attn_interface": "build FlashAttention 3 from its repository",
     "peft": "pip install peft",
     "wandb": "pip install wandb",
+    "trackio": 'pip install -e ".[trackers]"',
+    "tensorboard": 'pip install -e ".[trackers]"',
 }
 
 
@@ -76,6 +79,7 @@ def shortfalls(config: Config, inputs: Sequence[str] = INPUTS) -> Iterator[str]:
         reasons = {name: unusable_own(name) for name in names}
         yield from (f"{field} = {name!r}: {reason}" for name, reason in reasons.items() if reason is not None)
     yield from _model_obstacles(config)
+    yield from reference_obstacles(config)
     if config.training.device.startswith("cuda") and not has_gpu():
         yield f"training.device = {config.training.device!r}: no NVIDIA GPU here; set training.device=cpu"
     try:
@@ -137,7 +141,7 @@ def _missing_packages(t: Training) -> Iterator[str]:
             "attention_type flash_attention_3",
             "or sdpa",
         ),
-        ("wandb", bool(t.wandb_project), "training.wandb_project", "or empty it"),
+        *((name, True, f"the tracker {name}", "or leave it out of training.trackers") for name in t.tracker_names),
     ]
     for package, is_needed, what, remedy in needs:
         if is_needed and importlib.util.find_spec(package) is None:

@@ -17,6 +17,7 @@ MAY_CHANGE = frozenset(
         "training.checkpoint_interval",
         "training.checkpoint_keep",
         "training.n_rollouts_to_log",
+        "training.trackers",
         "training.wandb_project",
         "training.wandb_run_name",
         "training.wandb_tags",

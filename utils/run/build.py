@@ -10,7 +10,7 @@ from typing import TextIO
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from configs.defaults import Config, Training
+from configs.defaults import DEFAULT_PROJECT, Config, Training
 from utils.adapter_files import is_own_reference, other_adapter
 from utils.algorithm.adapters import describe, has_adapter
 from utils.algorithm.head import find_head
@@ -221,9 +221,10 @@ def open_log(config: Config, resume: bool, state: TrainState, engine_name: str, 
     log = RunLog(
         output_dir,
         n_grpo_steps=t.n_grpo_steps,
-        wandb_project=t.wandb_project,
-        wandb_run_name=t.wandb_run_name,
-        wandb_tags=t.wandb_tags,
+        trackers=t.tracker_names,
+        tracker_project=t.wandb_project or DEFAULT_PROJECT,
+        tracker_run_name=t.wandb_run_name,
+        tracker_tags=t.wandb_tags,
         config=to_dict(config),
         tracker_id=state.tracker_id,
         resume_at=state.steps_done if resume else None,
