@@ -229,6 +229,25 @@ class Training:
         3, "end the run once this many optimizer steps in a row have been skipped because of NaN or infinity", low=1
     )
 
+    lora_rank: int | None = option(
+        None,
+        "rank of LoRA adapters: two thin matrices B and A beside each adapted weight, trained in place of it; null "
+        "trains all weights",
+        low=1,
+        heading="Adapters",
+    )
+    lora_alpha: int = option(32, "an adapted weight is W + lora_alpha / lora_rank x B A", low=1)
+    lora_target: str = option(
+        "all-linear",
+        "which matrices get an adapter: all but the embeddings and the head (all-linear), or those of attention",
+        choices=["all-linear", "attention"],
+    )
+    load_in_4bit: bool = option(
+        False,
+        "with LoRA on CUDA, keep the frozen matrices in 4 bits (QLoRA: NF4 of bitsandbytes); the engine samples from "
+        "what these 4 bits stand for",
+    )
+
     rollout_engine: str = option(
         "auto",
         "engine that samples responses; auto is vllm if it is installed and the policy is on a GPU, else transformers",

@@ -28,10 +28,12 @@ from rich.console import Console
 from rich.table import Table
 
 from configs.defaults import Config
+from utils.adapter_files import saved_origin
 from utils.log.checkpoints import step_of_checkpoint
 from utils.log.files import CONFIG_FILE, ROLLOUTS_FILE, encode_row
 from utils.log.output import unwritable
 from utils.log.rollout_rows import rollout_rows
+from utils.preflight.adapter_checks import unusable_base
 from utils.preflight.config import load_config_and_origins, to_dict
 from utils.preflight.fit import fit_to_card
 from utils.preflight.model_files import is_local
@@ -104,9 +106,11 @@ def checkpoint_config(options: argparse.Namespace) -> Config:
     whole = ["training.max_val_examples=null", f"paths.model_path={to_yaml_value(options.checkpoint)}"]
     config, origins = load_config_and_origins(files, [*whole, *options.overrides])
     config, _ = fit_to_card(config, origins)
-    # nothing is trained, so what training needs may be missing here
+    # nothing is trained, so what training needs may be missing here, and no new adapter is put into a whole model
     unused = {"optimizer": "adamw", "use_gradient_checkpointing": False, "trackers": [], "wandb_project": ""}
-    config.training = replace(config.training, **unused)
+    in_4bit = saved_origin(options.checkpoint).get("load_in_4bit", False)
+    config.training = replace(config.training, **unused, lora_rank=None, load_in_4bit=in_4bit)
+    refuse(unusable_base(options.checkpoint))
     return config
 
 

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 
 from configs.defaults import Config
+from utils.preflight.adapter_checks import unusable_base
 from utils.preflight.config import load_config_and_origins, to_dict
 from utils.preflight.fit import fit_to_card
 from utils.preflight.obstacles import refuse, shortfalls, unusable_files
@@ -30,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> Status:
         # nothing is trained, so what training needs may be missing here
         config.training.optimizer, config.training.use_gradient_checkpointing = "adamw", False
         config.training.trackers, config.training.wandb_project = [], ""
+        refuse(unusable_base(config.paths.model_path))
         inputs = ("val_data_file", "prompt_template_file")
         refuse([*shortfalls(config, inputs), *unusable_files(config, inputs)])
         lines = probe(config, options.responses)

@@ -8,7 +8,8 @@ read, not learnt.
         --output runs/sft --steps 200 --batch-size 128 --learning-rate 1e-3 --save-at 50 100
 
 writes runs/sft/step_50, runs/sft/step_100 and runs/sft/final, each an ordinary checkpoint with its tokenizer that
-GRPO can start from (`paths.model_path=runs/sft/step_50`), beside options.json and metrics.jsonl.
+GRPO can start from (`paths.model_path=runs/sft/step_50`), beside options.json and metrics.jsonl. With --lora-rank an
+adapter is trained in place of the weights, and the checkpoints are adapters; --model may itself be one.
 """
 
 from __future__ import annotations
@@ -16,17 +17,21 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from configs.defaults import Training
+from utils.adapter_files import other_adapter
 from utils.log.files import METRICS_FILE, encode_row, whole_folder
 from utils.log.output import unwritable
 from utils.log.progress import ProgressBar
+from utils.preflight.adapter_checks import unusable_base
 from utils.preflight.hub import unavailable
 from utils.preflight.model_files import is_local
+from utils.preflight.obstacles import refuse
 from utils.problems import load_demonstrations
 from utils.run.ending import Status
 
@@ -35,6 +40,7 @@ if TYPE_CHECKING:
 
 Loaded = TypeVar("Loaded")
 SCHEDULES = ("constant", "linear", "cosine")
+TARGETS = ("all-linear", "attention")
 
 
 def with_progress(steps: Iterator[dict], n_steps: int, print_every: int) -> Iterator[dict]:
@@ -51,9 +57,11 @@ def with_progress(steps: Iterator[dict], n_steps: int, print_every: int) -> Iter
 
 
 def save_checkpoint(folder: Path, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """A checkpoint that `from_pretrained` loads; a folder of this name is always whole."""
+    """A checkpoint that `load_policy` loads; a folder of this name is always whole."""
+    from utils.algorithm.policy import save_policy
+
     with whole_folder(folder) as unfinished:
-        policy.save_pretrained(unfinished)
+        save_policy(policy, unfinished)
         tokenizer.save_pretrained(unfinished)
 
 
@@ -83,7 +91,11 @@ def run(options: argparse.Namespace) -> None:
         max_grad_norm=options.max_grad_norm,
         use_gradient_checkpointing=options.use_gradient_checkpointing,
         use_bnb_adamw8bit=False,
+        lora_rank=options.lora_rank,
+        lora_alpha=options.lora_alpha,
+        lora_target=options.lora_target,
     )
+    refuse([*unusable_base(options.model), *filter(None, [other_adapter(options.model, training)])])
     policy = load(load_policy, options.model, training)
     output.mkdir(parents=True, exist_ok=True)
     (output / "options.json").write_text(json.dumps(vars(options), indent=2) + "\n")
@@ -102,7 +114,8 @@ def load(loader: Callable[..., Loaded], model: str, *arguments: object) -> Loade
     try:
         return loader(model, *arguments)
     except ValueError as error:
-        raise ValueError(str(error).replace("paths.model_path = ", "--model ")) from error
+        line = str(error).replace("paths.model_path = ", "--model ")
+        raise ValueError(re.sub(r"training\.lora_(\w+) =", r"--lora-\1", line)) from error
 
 
 def check_options(options: argparse.Namespace, output: Path) -> None:
@@ -114,7 +127,7 @@ def check_options(options: argparse.Namespace, output: Path) -> None:
         raise ValueError(f"--model {options.model}: no config.json there; give a checkpoint folder or a hub name")
     if not is_local(options.model) and (reason := unavailable(options.model)) is not None:
         raise ValueError(f"--model {options.model}: {reason}")
-    for name in ("steps", "batch_size", "gradient_accumulation_steps", "max_tokens"):
+    for name in ("steps", "batch_size", "gradient_accumulation_steps", "max_tokens", "lora_rank", "lora_alpha"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)} should be 1 or more")
     for name in ("epochs", "learning_rate", "max_grad_norm"):
@@ -160,6 +173,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=1337, help="seed of the order of the demonstrations (1337)")
     add("--device", help="cuda:0, cpu, ...; without it the first GPU, or the CPU if there is no GPU")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="dtype of weights and optimizer (float32)")
+    add("--lora-rank", type=int, help="train a LoRA adapter of this rank in place of the weights")
+    add("--lora-alpha", type=int, default=32, help="an adapted weight is W + lora-alpha / lora-rank x B A (32)")
+    add("--lora-target", choices=TARGETS, default="all-linear", help="which matrices get an adapter (all-linear)")
     add("--use-gradient-checkpointing", action="store_true", help="recompute activations, which saves memory")
     return parser
 

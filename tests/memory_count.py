@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from typing import Any
+from unittest import mock
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -16,9 +17,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
 from configs.defaults import Config, Training
 from utils.algorithm import head
+from utils.algorithm.adapters import inject, lora_config
 from utils.algorithm.batch import Microbatch, make_train_batch, take_microbatch
 from utils.algorithm.log_probs import policy_log_probs
 from utils.algorithm.packing import KERNELS, Packing
+from utils.algorithm.policy import trainable
 from utils.records import Problem, Prompt, Rollout
 
 QWEN_1_5B = {
@@ -80,6 +83,10 @@ def fake_policy(sizes: dict[str, Any], training: Training) -> PreTrainedModel:
     if training.use_packing:
         policy.set_attn_implementation(KERNELS[training.attention_type])  # trying it out looks at numbers
     head._heads[policy] = head.Head()  # and so does this
+    if training.lora_rank is not None:
+        # moving a fake parameter is refused, and there is nowhere to move it to
+        with mock.patch.object(torch.nn.Module, "to", lambda module, *_, **__: module):
+            inject(policy, lora_config(policy, "", training))
     return policy
 
 
@@ -112,7 +119,7 @@ def count_training_peak(sizes: dict[str, Any], config: Config, optimizer_bytes: 
     with mode, counting() as counter:
         policy = fake_policy(sizes, t)
         state = torch.empty(optimizer_bytes, dtype=torch.uint8)
-        for parameter in policy.parameters():
+        for parameter in trainable(policy):
             parameter.grad = torch.zeros_like(parameter)
     microbatch = longest_microbatch(policy, n, prompt, t.max_tokens)
     with mode, counter:

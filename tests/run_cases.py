@@ -132,7 +132,7 @@ def differing_bits(a: torch.Tensor, b: torch.Tensor) -> int:
 def assert_equal_runs(output: Path, reference: Path, but_for: str = "time") -> None:
     """Weights, optimizer, state, metrics and rollouts of two runs are the same, but for times and metrics `but_for`."""
     ends = [folder / "checkpoints" / "last" for folder in (output, reference)]
-    weights, expected = (load_file(end / "model.safetensors") for end in ends)
+    weights, expected = (load_file(weights_file(end)) for end in ends)
     assert weights.keys() == expected.keys()
     assert sum(differing_bits(weights[name], expected[name]) for name in expected) == 0
     adam, expected_adam = (torch.load(end / OPTIMIZER_FILE, weights_only=True) for end in ends)
@@ -153,6 +153,12 @@ def is_same(one: Any, other: Any) -> bool:
     if isinstance(one, dict):
         return one.keys() == other.keys() and all(is_same(one[key], other[key]) for key in one)
     return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
+def weights_file(checkpoint: Path) -> Path:
+    """The one file that holds what was trained: all weights, or an adapter."""
+    (path,) = checkpoint.glob("*.safetensors")
+    return path
 
 
 def links_of(output: Path) -> dict[str, str]:

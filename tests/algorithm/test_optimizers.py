@@ -125,5 +125,5 @@ def test_state_takes_the_bytes_that_are_estimated(name: str, dtype: str) -> None
     optimizer.step()
     state = optimizer.state[weight].items()
     measured = sum(t.nbytes for n, t in state if isinstance(t, torch.Tensor) and t.dim() and not n.startswith("qmap"))
-    estimated = optimizer_state_bytes(weight.numel(), Training(dtype=dtype, optimizer=name))
+    estimated = optimizer_state_bytes(weight.numel(), weight.element_size(), Training(dtype=dtype, optimizer=name))
     assert estimated == measured

@@ -31,6 +31,7 @@ from engine_cases import (
 )
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from utils.algorithm.policy import count_full_weights, load_policy, trainable
 from utils.records import RolloutEngine
 from utils.run.engine_check import EngineOutOfStep, compare_log_probs, log_prob_gap, tolerance_of
 
@@ -145,6 +146,26 @@ def test_self_check_catches_a_push_that_was_skipped(
         compare_log_probs(engine, policy, engine.generate(prompts, n=2, seed=1), config)
     engine.update_weights(policy)
     compare_log_probs(engine, policy, engine.generate(prompts, n=2, seed=1), config)
+
+
+def test_an_adapter_is_pushed_merged_and_a_skipped_push_is_caught(
+    tiny_model_dir: Path, engine: RolloutEngine, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    config = cpu_config(tiny_model_dir, lora_rank=4, use_gradient_checkpointing=False)
+    policy = load_policy(str(tiny_model_dir), config.training).eval()
+    other, prompts = set_sampling(engine, policy, max_tokens=16), prompts_of(tokenizer, 40)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(2):
+        with torch.no_grad():
+            for parameter in trainable(policy):
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+        with pytest.raises(EngineOutOfStep, match="not pushed after"):  # it has the weights of before
+            compare_log_probs(engine, policy, engine.generate(prompts, n=2, seed=1), config)
+        metrics = engine.update_weights(policy)
+        assert metrics["push_gb"] == pytest.approx(4e-9 * count_full_weights(policy))
+        compare_log_probs(engine, policy, engine.generate(prompts, n=2, seed=1), config)
+        ours, theirs = (each.generate(prompts, n=1, seed=0, temperature=0.0) for each in (engine, other))
+        assert_same_greedy(ours, theirs)
 
 
 def test_log_prob_gap_by_hand() -> None:

@@ -69,7 +69,8 @@ def test_every_yaml_in_the_repository_loads(path: Path) -> None:
 
 
 HARDWARE = sorted(ROOT.glob("configs/hardware/*.yaml"))
-PUBLISHED = sorted(path for name in ABLATIONS if "tiny" not in name for path in ROOT.glob(f"configs/{name}/*.yaml"))
+ON_CARDS = [name for name in ABLATIONS if name.split("/")[0] not in ("tiny", "smollm2")]  # these two run on the CPU
+PUBLISHED = sorted(path for name in ON_CARDS for path in ROOT.glob(f"configs/{name}/*.yaml"))
 # An overlay may set what a resumed run may change, but not the cut that is part of the loss under normalize_mode
 # microbatch. It may also choose the optimizer's precision, which a resumed run must keep for its saved state, and what
 # training does not read.

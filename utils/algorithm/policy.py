@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import textwrap
+from collections.abc import Iterator
 from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
@@ -20,6 +22,18 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from configs.defaults import Training
+from utils.adapter_files import base_of, saved_adapter
+from utils.algorithm.adapters import (
+    AdapterMistake,
+    adapter_weights,
+    add_adapter,
+    check_adapter,
+    has_adapter,
+    load_adapter,
+    merged_weights,
+    save_adapter,
+)
+from utils.algorithm.four_bit import four_bit_options, n_weights
 from utils.algorithm.loss_scale import begin_loss_scale
 from utils.algorithm.optimizers import OPTIMIZERS
 from utils.algorithm.packing import enable_packing
@@ -43,29 +57,16 @@ def load_tokenizer(model_path: str) -> PreTrainedTokenizerBase:
 
 
 def load_policy(model_path: str, training: Training) -> PreTrainedModel:
-    """The checkpoint's model on `training.device`, ready to train. Raises ValueError if it cannot be loaded."""
+    """The checkpoint's model on `training.device`, ready to train. Raises ValueError if it cannot be loaded.
+
+    With `lora_rank` it has an adapter, and nothing else of it is trained: the saved one if the checkpoint is an
+    adapter, else a new one. A saved adapter is loaded without `lora_rank` too.
+    """
     if training.cpu_threads is not None:
         torch.set_num_threads(training.cpu_threads)
     if training.device == "cpu":
         choose_cpu_products(training.use_onednn)
-    try:
-        config = AutoConfig.from_pretrained(model_path, trust_remote_code=False)
-        dropouts = switch_off_dropout(config)
-        policy = AutoModelForCausalLM.from_pretrained(
-            model_path,
-            config=config,
-            trust_remote_code=False,  # with None, its default, it asks on the terminal and then runs the folder's code
-            dtype=getattr(torch, training.dtype),
-            attn_implementation=training.attention_type,
-        )
-    except (OSError, ImportError, ValueError, SafetensorError) as error:
-        raise ValueError(f"paths.model_path = {model_path!r}: cannot load the model: {_one_line(error)}") from error
-    if dropouts:
-        note(
-            f"{model_path}: its dropout is switched off ({', '.join(dropouts)}): with it, the ratio of the policy to "
-            "the one that sampled would be noise"
-        )
-    disable_progress_bar()  # loading has shown its own; every save to come would show one more
+    policy = _load_weights(model_path, training)
     policy.to(training.device).train()
     if training.use_gradient_checkpointing:
         policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -79,12 +80,53 @@ def load_policy(model_path: str, training: Training) -> PreTrainedModel:
     return policy
 
 
+def _load_weights(model_path: str, training: Training) -> PreTrainedModel:
+    """The model with its adapter, if it has or gets one, as `from_pretrained` leaves it."""
+    base, is_adapter = base_of(model_path), saved_adapter(model_path) is not None
+    named = f"paths.model_path = {model_path!r}{f', whose base is {base!r}' if is_adapter else ''}"
+    try:
+        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+        dropouts = switch_off_dropout(config)
+        if training.lora_rank is not None and not is_adapter:
+            check_adapter(config, training)
+        policy = AutoModelForCausalLM.from_pretrained(
+            base,
+            config=config,
+            trust_remote_code=False,  # with None, its default, it asks on the terminal and then runs the folder's code
+            dtype=getattr(torch, training.dtype),
+            attn_implementation=training.attention_type,
+            **four_bit_options(training),
+        )
+    except AdapterMistake:
+        raise
+    except (OSError, ImportError, ValueError, SafetensorError) as error:
+        raise ValueError(f"{named}: cannot load the model: {_one_line(error)}") from error
+    if dropouts:
+        note(
+            f"{base}: its dropout is switched off ({', '.join(dropouts)}): with it, the ratio of the policy to "
+            "the one that sampled would be noise"
+        )
+    disable_progress_bar()  # loading has shown its own; every save to come would show one more
+    if is_adapter:
+        load_adapter(policy, model_path)
+    elif training.lora_rank is not None:
+        add_adapter(policy, base, training)
+    return policy
+
+
 def load_reference(model_path: str, policy: PreTrainedModel, training: Training) -> PreTrainedModel:
     """A frozen copy of a checkpoint in `reference_dtype`, to measure the policy's KL divergence from.
 
     Raises ValueError if it cannot be loaded, or has another vocabulary than the policy.
     """
-    frozen = replace(training, dtype=training.reference_dtype, use_gradient_checkpointing=False, use_compile=False)
+    frozen = replace(
+        training,
+        dtype=training.reference_dtype,
+        use_gradient_checkpointing=False,
+        use_compile=False,
+        lora_rank=None,
+        load_in_4bit=False,
+    )
     reference = load_policy(model_path, frozen).eval().requires_grad_(False)
     sizes = [model.config.get_text_config().vocab_size for model in (reference, policy)]
     if sizes[0] != sizes[1]:
@@ -157,12 +199,34 @@ def trainable(policy: torch.nn.Module) -> list[torch.nn.Parameter]:
     return [parameter for parameter in policy.parameters() if parameter.requires_grad]
 
 
-def full_weights(policy: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The policy's weights under their checkpoint names: what is pushed into an engine and saved.
+def full_weights(policy: torch.nn.Module, dtype: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+    """The policy's weights under their checkpoint names, one after another: what is pushed into an engine.
 
-    From `state_dict`, which holds a tied head under both its names. The tensors are the policy's own memory.
+    From `state_dict`, which holds a tied head under both its names. The tensors are the policy's own memory, but for
+    those that have an adapter merged into them, which are made as they are asked for and rounded once to `dtype`.
     """
-    return {checkpoint_name(name): tensor for name, tensor in policy.state_dict().items()}
+    weights = merged_weights(policy, dtype) if has_adapter(policy) else iter(policy.state_dict().items())
+    for name, tensor in weights:
+        yield checkpoint_name(name), tensor
+
+
+def count_full_weights(policy: torch.nn.Module) -> int:
+    """How many weights `full_weights` has, a tied one counted once: those of the policy without its adapter."""
+    return sum(n_weights(p) for name, p in policy.named_parameters() if ".lora_" not in name)
+
+
+def saved_weights(policy: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What a checkpoint holds of the policy: its adapter, if it has one, or all of it."""
+    return adapter_weights(policy) if has_adapter(policy) else dict(full_weights(policy))
+
+
+def save_policy(policy: PreTrainedModel, folder: Path | str, weights: dict[str, torch.Tensor] | None = None) -> None:
+    """Write the policy into a folder that `load_policy` loads. `weights`: `saved_weights` of an earlier moment."""
+    weights = saved_weights(policy) if weights is None else weights
+    if has_adapter(policy):
+        save_adapter(policy, folder, weights)
+    else:
+        policy.save_pretrained(folder, state_dict=dict(weights))
 
 
 def checkpoint_name(name: str) -> str:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from configs.defaults import Training
+from utils.algorithm.adapters import trained_adapter_off
 from utils.algorithm.batch import TrainBatch, split_rows, take_microbatch
 from utils.algorithm.log_probs import policy_log_probs
 from utils.algorithm.loss_scale import adapt_loss_scale, divide_by_loss_scale
@@ -23,8 +24,12 @@ def with_old_log_probs(policy: torch.nn.Module, batch: TrainBatch, training: Tra
 
 
 def with_reference_log_probs(reference: torch.nn.Module, batch: TrainBatch, training: Training) -> TrainBatch:
-    """The batch with `reference_log_probs` (B, T-1) float32, in one pass per rollout batch."""
-    return replace(batch, reference_log_probs=frozen_log_probs(reference, batch, training))
+    """The batch with `reference_log_probs` (B, T-1) float32, in one pass per rollout batch.
+
+    A policy that trains an adapter is its own reference: what it is without the adapter.
+    """
+    with trained_adapter_off(reference):
+        return replace(batch, reference_log_probs=frozen_log_probs(reference, batch, training))
 
 
 @torch.no_grad()

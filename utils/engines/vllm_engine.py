@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -38,7 +38,7 @@ class VllmEngine:
         longest_prompt: int,
     ):
         self.sampling = sampling
-        self._device = config.training.device
+        self._device, self._dtype = config.training.device, getattr(torch, config.vllm.dtype)
         self.reader = ResponseReader(tokenizer, sampling, end_ids_of(policy, tokenizer))
         self._vocabulary_size = min(len(tokenizer), policy.config.vocab_size)
         self._sleep_level = config.vllm.sleep_level if config.training.use_vllm_sleep_mode else None
@@ -101,15 +101,15 @@ class VllmEngine:
         if self._asleep:
             free_gpu_bytes()  # what the trainer's allocator only caches must be there for vLLM
             self._llm.wake_up(tags=["weights"])
-        weights = dict(weights_for_vllm(policy, self._vocabulary_size))
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights.items())})
+        pushed: dict[int | str, int] = {}
+        weights = counted(weights_for_vllm(policy, self._vocabulary_size, self._dtype), policy, pushed)
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         # Cached keys and values of a prompt's beginning are the old weights' work.
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM kept its prefix cache after a weight push: a request is still running")
         if self._asleep:
             self._llm.wake_up(tags=["kv_cache"])
             self._asleep = False
-        pushed = {tensor.data_ptr(): tensor.nbytes for tensor in weights.values()}  # tied weights counted once
         return {"push_gb": sum(pushed.values()) / GB}
 
     def sleep(self) -> dict[str, float]:
@@ -172,11 +172,13 @@ class VllmEngine:
         return self.reader.rollout(prompt, ids, log_probs.logprobs, completion.finish_reason)
 
 
-def weights_for_vllm(policy: torch.nn.Module, vocabulary_size: int) -> Iterator[tuple[str, torch.Tensor]]:
+def weights_for_vllm(
+    policy: torch.nn.Module, vocabulary_size: int, dtype: torch.dtype
+) -> Iterator[tuple[str, torch.Tensor]]:
     """The policy's full weights as (name, tensor), embeddings and head cut to the vocabulary.
 
-    A tied head is there under both its names: vLLM's CPU build would keep its copy of the head otherwise. The tensors
-    are the policy's own memory.
+    A tied head is there under both its names: vLLM's CPU build would keep its copy of the head otherwise. An adapter
+    is merged and rounded to `dtype`, matrix by matrix; all other tensors are the policy's own memory.
     """
     vocabulary_layers = (policy.get_input_embeddings(), policy.get_output_embeddings())
     vocabulary_names = {
@@ -184,8 +186,21 @@ def weights_for_vllm(policy: torch.nn.Module, vocabulary_size: int) -> Iterator[
         for name, module in policy.named_modules(remove_duplicate=False)
         if module in vocabulary_layers
     }
-    for name, tensor in full_weights(policy).items():
+    for name, tensor in full_weights(policy, dtype):
         yield name, tensor[:vocabulary_size] if name.rpartition(".")[0] in vocabulary_names else tensor
+
+
+def counted(
+    weights: Iterable[tuple[str, torch.Tensor]], policy: torch.nn.Module, pushed: dict[int | str, int]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Pass the weights on, and put the bytes of each into `pushed`; tied weights count once.
+
+    Those are the policy's own and known by their address. Merged ones come and go, so addresses may come again.
+    """
+    own = {parameter.data_ptr() for parameter in policy.parameters()}
+    for name, tensor in weights:
+        pushed[tensor.data_ptr() if tensor.data_ptr() in own else name] = tensor.nbytes
+        yield name, tensor
 
 
 def check_same_tokenizer(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase, vocabulary_size: int) -> None:

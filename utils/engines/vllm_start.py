@@ -20,6 +20,8 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 from vllm import LLM
 from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
+from utils.adapter_files import base_of
+from utils.algorithm.policy import count_full_weights
 from utils.seeding import preserved_random_state
 
 if TYPE_CHECKING:
@@ -42,7 +44,7 @@ def start_vllm(config: Config, policy: PreTrainedModel, vocabulary_size: int, lo
         raise RuntimeError("another vLLM engine runs in this process: close it before starting one")
     knobs = config.vllm
     options: dict[str, Any] = {
-        "model": config.paths.model_path,
+        "model": base_of(config.paths.model_path),
         "trust_remote_code": False,
         "load_format": "dummy",
         "dtype": knobs.dtype,
@@ -208,7 +210,7 @@ def check_gpu_memory(config: Config, policy: PreTrainedModel, cache: int) -> Non
     free, total = torch.cuda.mem_get_info()
     utilization = config.vllm.gpu_memory_utilization
     share = utilization * total
-    weights = sum(p.numel() for p in policy.parameters()) * getattr(torch, config.vllm.dtype).itemsize
+    weights = count_full_weights(policy) * getattr(torch, config.vllm.dtype).itemsize
     if share < weights + cache:
         raise ValueError(
             f"vllm.gpu_memory_utilization={utilization} is {share / GB:.1f} GB, but weights ({weights / GB:.1f} GB) and"

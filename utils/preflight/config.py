@@ -12,7 +12,7 @@ import yaml
 
 from configs.defaults import Config
 from utils.log.files import write_atomically
-from utils.preflight.config_rules import REMOVED, ConfigError, check_config, fields, nearest, sections
+from utils.preflight.config_rules import REFUSED, REMOVED, ConfigError, check_config, fields, nearest, sections
 from utils.preflight.yaml_values import (
     NotYamlError,
     dump,
@@ -181,6 +181,8 @@ def _check_name(key: str, origin: str) -> None:
     if key in sections():
         example = next(name for name in known if name.startswith(f"{key}."))
         raise ConfigError(f"{origin}: {key} is a section; give its fields, for example {example}")
+    if key in REFUSED:
+        raise ConfigError(f"{origin}: {key}: {REFUSED[key]}; leave it out")
     similar = nearest(key, known)
     remedy = f"did you mean {similar!r}?" if similar else "--help-config lists the fields"
     raise ConfigError(f"{origin}: unknown key {key!r}; {remedy}")

@@ -54,6 +54,10 @@ REMOVED = dict.fromkeys(
     "a constant in utils/run/guard.py now",
 )
 
+REFUSED = {  # fields that other programs have
+    "training.lora_dropout": "with dropout, the ratio of the policy to the one that sampled would be noise",
+}
+
 LEAST_LIKENESS = 0.6  # of two names; below it a suggestion would be no help
 
 
@@ -64,8 +68,8 @@ def nearest(key: str, known: Iterable[str]) -> str | None:
         last, known_last = (text.rpartition(".")[2] for text in (key, name))
         whole = difflib.SequenceMatcher(None, key, name).ratio()
         alike = difflib.SequenceMatcher(None, last, known_last).ratio()
-        if len(last) > 1 and last == "".join(word[:1] for word in known_last.split("_")):  # lr for learning_rate
-            alike = 1.0
+        if len(last) > 1 and last == "".join(word[:1] for word in known_last.split("_")):
+            alike = whole = 1.0  # lr is learning_rate, and not lora_rank, which comes after it
         return (alike if "." in key else max(alike, whole)), whole
 
     best = max(known, key=likeness)
@@ -137,6 +141,7 @@ def _rules_between(config: Config) -> list[Rule]:
         *_size_rules(config.training),
         *_sampling_rules(config.training),
         *_machine_rules(config.training),
+        *_adapter_rules(config.training),
         *_path_rules(config.paths),
         *_reward_rules("training.reward_fn", [config.training.reward_fn]),
         *_reward_rules("training.extra_rewards", config.training.extra_rewards),
@@ -255,6 +260,21 @@ def _machine_rules(t: Training) -> list[Rule]:
             ("training.device",),
             re.fullmatch(r"cpu|cuda(:\d+)?", t.device) is None,
             "must be cpu, cuda, or cuda:N",
+        ),
+    ]
+
+
+def _adapter_rules(t: Training) -> list[Rule]:
+    return [
+        (
+            ("training.load_in_4bit", "training.lora_rank"),
+            t.load_in_4bit and t.lora_rank is None,
+            "weights in 4 bits cannot be trained; set lora_rank, or load_in_4bit to false",
+        ),
+        (
+            ("training.load_in_4bit", "training.device"),
+            t.load_in_4bit and not t.device.startswith("cuda"),
+            "weights in 4 bits need a GPU; set device to cuda:0, or load_in_4bit to false",
         ),
     ]
 

@@ -105,7 +105,8 @@ def _share(config: Config, sizes: dict[str, Any], longest_sequence: int, card: C
         sizes, least if budget_follows else config, longest_sequence, card.total, uses_vllm=False
     )
     # While vLLM is awake, the self-check computes log-probs of a few rollouts; without sleep all of training comes.
-    beside = parts["rollout_peak"] + parts["log_probs"] if t.use_vllm_sleep_mode else parts["training_peak"]
+    awake = parts["rollout_peak"] - parts["sampling"] + parts["log_probs"]
+    beside = awake if t.use_vllm_sleep_mode else parts["training_peak"]
     left = card.free - MARGIN * card.total - beside
     share = max(0.01, math.floor(100 * min(wanted, left) / card.total) / 100)
     shared = replace(config, vllm=replace(config.vllm, gpu_memory_utilization=share))

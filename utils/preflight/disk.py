@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from configs.defaults import Config, Training
-from utils.preflight.memory_estimate import BYTES, count_parameters, optimizer_state_bytes
+from utils.preflight.memory_estimate import optimizer_state_bytes, trained_parameters
 
 
 def checkpoint_bytes(model_config: dict[str, Any], training: Training) -> int:
-    """What one checkpoint takes: weights and the optimizer's two moments. Raises ValueError if a size is missing."""
-    n_parameters = count_parameters(model_config)["total"]
-    return n_parameters * BYTES[training.dtype] + optimizer_state_bytes(n_parameters, training)
+    """What one checkpoint takes: what is trained, and the optimizer's two moments of it.
+
+    Raises ValueError if a size is missing.
+    """
+    n_trained, bytes_each = trained_parameters(model_config, training)
+    return n_trained * bytes_each + optimizer_state_bytes(n_trained, bytes_each, training)
 
 
 def too_little_space(config: Config, model_config: dict[str, Any] | None) -> Iterator[str]:

@@ -9,6 +9,7 @@ from configs.defaults import Config
 from utils.engines import choose_engine
 from utils.log.files import CONFIG_FILE, METRICS_FILE, ROLLOUTS_FILE, RUN_INFO_FILE, STATUS_FILE, WARNINGS_FILE
 from utils.own_code import file_and_function
+from utils.preflight.adapter_checks import adapter_notes
 from utils.preflight.config import to_dict
 from utils.preflight.config_rules import own_code
 from utils.preflight.derive import usual_length
@@ -79,6 +80,7 @@ def notes(config: Config, prompt: LongestPrompt) -> Iterator[str]:
     if t.autocast_dtype == "float16" and config.vllm.dtype != "float16" and _engine(config).startswith("vllm"):
         yield f"the trainer computes in float16 and vLLM in {config.vllm.dtype}: set vllm.dtype=float16 too"
     yield from machine_notes(config)
+    yield from adapter_notes(config)
     yield from _memory_notes(config, prompt)
 
 
@@ -89,7 +91,12 @@ def _memory_notes(config: Config, prompt: LongestPrompt) -> Iterator[str]:
         return  # `memory_lines` says why
     peak, (memory, whose) = _peak(parts), _memory(config)
     cache = _cache(config, prompt)
-    if cache is not None and cache[0] < cache[1]:
+    if cache is not None and cache[0] == 0:
+        yield (
+            "vLLM's share of the GPU DOES NOT HOLD its own copy of the weights; raise vllm.gpu_memory_utilization, or "
+            "let the policy itself sample: training.rollout_engine=transformers"
+        )
+    elif cache is not None and cache[0] < cache[1]:
         yield (
             f"vLLM's KV cache holds about {cache[0]:,} tokens, fewer than the {cache[1]:,} of the sequences that are "
             "sampled at once, so it computes some of them twice; raise vllm.gpu_memory_utilization, or set it to null"

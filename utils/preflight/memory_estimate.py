@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from configs.defaults import Config, Training
+from utils.adapter_files import is_own_reference
 
 GIB = 2**30
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -32,6 +33,35 @@ def count_parameters(model_config: dict[str, Any]) -> dict[str, int]:
     return parts | {"total": sum(parts.values())}
 
 
+def adapted_matrices(model_config: dict[str, Any], target: str) -> list[tuple[int, int]]:
+    """(rows, columns) of the matrices of one layer that `lora_target` names."""
+    sizes = _sizes(model_config)
+    hidden, q, kv, intermediate = sizes["hidden"], sizes["q"], sizes["kv"], sizes["intermediate"]
+    attention = [(q, hidden), (kv, hidden), (kv, hidden), (hidden, q)]
+    mlp = [(intermediate, hidden), (intermediate, hidden), (hidden, intermediate)]
+    return attention if target == "attention" else attention + mlp
+
+
+def trained_parameters(model_config: dict[str, Any], training: Training) -> tuple[int, int]:
+    """How many parameters an update changes, and the bytes of each: a LoRA adapter's, which are float32, or all."""
+    if training.lora_rank is None:
+        return count_parameters(model_config)["total"], BYTES[training.dtype]
+    per_layer = training.lora_rank * sum(map(sum, adapted_matrices(model_config, training.lora_target)))
+    return _sizes(model_config)["n_layers"] * per_layer, 4
+
+
+def _weight_bytes(model_config: dict[str, Any], training: Training) -> int:
+    """The policy's weights; with `load_in_4bit`, those of the layers' matrices have 4 bits and a share of a scale."""
+    sizes, n_parameters = _sizes(model_config), count_parameters(model_config)["total"]
+    in_four_bits = 0
+    if training.load_in_4bit:
+        in_four_bits = sizes["n_layers"] * sum(a * b for a, b in adapted_matrices(model_config, "all-linear"))
+    n_adapter, bytes_each = trained_parameters(model_config, training) if training.lora_rank is not None else (0, 0)
+    # 8 bits for the scale of 64 weights, and 32 for the scale of 256 of those
+    four_bits = in_four_bits * (1 / 2 + 1 / 64 + 4 / (64 * 256))
+    return int((n_parameters - in_four_bits) * BYTES[training.dtype] + four_bits) + n_adapter * bytes_each
+
+
 def estimate_peak_memory(
     model_config: dict[str, Any],
     config: Config,
@@ -49,45 +79,76 @@ def estimate_peak_memory(
         uses_vllm: whether the rollout engine is vLLM.
 
     Returns:
-        `weights`, `gradients`, `optimizer`, `reference` (the policy that a KL term measures from), `activations` (kept
-        for the backward pass of the largest microbatch), `log_probs` (a chunk of logits, and the head's gradient),
-        `vllm_awake`, `vllm_asleep`; `allowance` for what no tensor holds; and the peaks of the phases, `rollout_peak`
-        and `training_peak`.
+        `weights`, `gradients`, `optimizer`, `reference` (the policy that a KL term measures from, unless it is the
+        policy without its adapter), `activations` (kept for the backward pass of the largest microbatch), `log_probs`
+        (a chunk of logits, and the head's gradient), `merging` (the largest matrix, while its adapter is merged for a
+        push), `sampling` (what the transformers engine needs for a batch), `vllm_awake`, `vllm_asleep`; `allowance`
+        for what no tensor holds; and the peaks of the phases, `rollout_peak` and `training_peak`.
     """
-    training, sizes, bytes_each = config.training, _sizes(model_config), BYTES[config.training.dtype]
+    training, sizes = config.training, _sizes(model_config)
     n_parameters = count_parameters(model_config)["total"]
+    n_trained, bytes_each = trained_parameters(model_config, training)
     n_sequences = training.microbatch_size
     if training.max_tokens_per_microbatch is not None:
         n_sequences = max(1, min(training.train_batch_size, training.max_tokens_per_microbatch // longest_sequence))
     n_tokens = n_sequences * longest_sequence
     n_response_tokens = min(n_tokens, n_sequences * training.max_tokens)
 
+    activations, again = _activations(sizes, config, n_tokens, longest_sequence, n_trained)
+
     parts = {
-        "weights": n_parameters * bytes_each,
-        "gradients": n_parameters * bytes_each,
-        "optimizer": optimizer_state_bytes(n_parameters, training),
-        "reference": n_parameters * BYTES[training.reference_dtype] if training.kl_coef else 0,
-        "activations": _activations(sizes, config, n_tokens, longest_sequence),
+        "weights": _weight_bytes(model_config, training),
+        "gradients": n_trained * bytes_each,
+        "optimizer": optimizer_state_bytes(n_trained, bytes_each, training),
+        "reference": _reference(config, n_parameters),
+        "activations": activations,
         "log_probs": _log_probs(sizes, config, n_response_tokens),
+        "merging": _merging(model_config, config) if uses_vllm else 0,
+        "sampling": 0 if uses_vllm else _sampling(sizes, training, longest_sequence),
         **_vllm(config, n_parameters, device_memory, uses_vllm),
         "allowance": CUDA_ALLOWANCE if device_memory is not None else 0,
     }
     resting = sum(parts[name] for name in ("weights", "optimizer", "reference", "allowance"))
-    parts["rollout_peak"] = resting + parts["vllm_awake"]
+    parts["rollout_peak"] = resting + parts["merging"] + parts["sampling"] + parts["vllm_awake"]
     # masters are put together tensor by tensor, in float32 beside their gradients, once the activations are gone
-    step = 8 * sizes["vocabulary"] * sizes["hidden"] if training.optimizer_name == "adamw8bit_master" else 0
+    joins = training.optimizer_name == "adamw8bit_master" and training.lora_rank is None
+    step = 8 * sizes["vocabulary"] * sizes["hidden"] if joins else 0
     parts["training_peak"] = (
         resting + parts["vllm_asleep"] + parts["gradients"] + max(step, parts["activations"] + parts["log_probs"])
     )
+    if training.lora_rank is not None:  # a frozen head leaves nothing behind when a layer is computed again
+        parts["training_peak"] -= min(again, parts["log_probs"])
     return parts
 
 
-def optimizer_state_bytes(n_parameters: int, training: Training) -> int:
-    """AdamW's two moments, and the low bits of masters. With 8 bits, each block of 256 has two float32 scales."""
-    low_bits = 2 if training.optimizer_name == "adamw8bit_master" else 0
+def optimizer_state_bytes(n_parameters: int, bytes_each: int, training: Training) -> int:
+    """AdamW's moments and the low bits of bfloat16 weights' masters. With 8 bits, a block of 256 has two scales."""
+    low_bits = 2 if training.optimizer_name == "adamw8bit_master" and bytes_each == 2 else 0
     if training.optimizer_name.startswith("adamw8bit"):
         return int(n_parameters * (2 + 8 / 256 + low_bits))
-    return 2 * n_parameters * BYTES[training.dtype]
+    return 2 * n_parameters * bytes_each
+
+
+def _reference(config: Config, n_parameters: int) -> int:
+    """A second model, if there is a KL term and the policy without its adapter is not what it measures from."""
+    needed = config.training.kl_coef and not is_own_reference(config)
+    return n_parameters * BYTES[config.training.reference_dtype] if needed else 0
+
+
+def _sampling(sizes: dict[str, int], training: Training, longest_sequence: int) -> int:
+    """The transformers engine's KV cache, and a step's logits, log-softmax and cumulative probabilities in float64."""
+    n_sequences = min(training.generation_batch_size, training.rollout_batch_size)
+    cache = 2 * sizes["n_layers"] * sizes["kv"] * BYTES[training.dtype] * longest_sequence
+    return n_sequences * (cache + (4 + 4 + 8 + 8) * sizes["vocabulary"])
+
+
+def _merging(model_config: dict[str, Any], config: Config) -> int:
+    """B A of the largest matrix in float32, and what it is rounded to, beside a matrix out of its 4 bits."""
+    training = config.training
+    if training.lora_rank is None:
+        return 0
+    largest = max(a * b for a, b in adapted_matrices(model_config, training.lora_target))
+    return largest * (4 + BYTES[config.vllm.dtype] + (BYTES[training.dtype] if training.load_in_4bit else 0))
 
 
 NAMES = {  # in a config.json
@@ -113,18 +174,45 @@ def _sizes(model_config: dict[str, Any]) -> dict[str, int]:
     return sizes | {"q": sizes["heads"] * head_dim, "kv": kv_heads * head_dim}
 
 
-def _activations(sizes: dict[str, int], config: Config, n_tokens: int, longest_sequence: int) -> int:
-    """What autograd keeps of a forward pass, as transformers' Qwen2 writes it, plus autocast's copies of weights."""
+def _activations(
+    sizes: dict[str, int], config: Config, n_tokens: int, longest_sequence: int, n_trained: int
+) -> tuple[int, int]:
+    """What autograd keeps of a forward pass, as transformers' Qwen2 writes it, plus copies of weights in its dtype.
+
+    And how much of that is the one layer that checkpointing computes again; 0 if all of it is kept.
+    """
     training = config.training
-    autocast = training.autocast_dtype is not None
     bytes_each = BYTES[training.autocast_dtype or training.dtype]
-    hidden = sizes["hidden"]
+    norm, layer = _per_token(sizes, config, longest_sequence)
+    copies = _autocast_copies(sizes, training) if training.autocast_dtype is not None else 0
+    if training.lora_rank is not None and bytes_each < 4:  # A and B, rounded
+        copies += n_trained * bytes_each
+    if training.load_in_4bit:  # the largest matrix out of its 4 bits
+        copies += sizes["hidden"] * sizes["intermediate"] * bytes_each
+    if not training.use_gradient_checkpointing:
+        return n_tokens * (sizes["n_layers"] * layer + norm) + copies, 0
+    # the residual stream at every layer's start, and one layer computed again
+    kept = sizes["n_layers"] * BYTES[training.dtype] * sizes["hidden"]
+    return n_tokens * (kept + layer + norm) + copies, n_tokens * layer
+
+
+def _per_token(sizes: dict[str, int], config: Config, longest_sequence: int) -> tuple[int, int]:
+    """Bytes per token that autograd keeps of a norm, and of a whole layer with its two norms."""
+    training = config.training
+    bytes_each = BYTES[training.autocast_dtype or training.dtype]
+    hidden, intermediate = sizes["hidden"], sizes["intermediate"]
     # two norms keep float32 input, normalized input and output; attention q, k, v, output and a log-sum-exp; the MLP
     # gate, its activation, up, and their product
     norm = (4 + 2 * bytes_each) * hidden + 4
-    layer = 2 * norm + bytes_each * (2 * sizes["q"] + 2 * sizes["kv"] + 4 * sizes["intermediate"]) + 4 * sizes["heads"]
-    if autocast:  # norms are float32, and queries, keys, values, gate and up each round what they are given
+    layer = 2 * norm + bytes_each * (2 * sizes["q"] + 2 * sizes["kv"] + 4 * intermediate) + 4 * sizes["heads"]
+    if training.autocast_dtype is not None:  # norms are float32, and five matrices each round what they are given
         layer += (2 * (4 - bytes_each) + 3 * bytes_each) * hidden
+    if training.lora_rank is not None:
+        # a frozen norm keeps no normalized input, a matrix without adapter not what it multiplies; A keeps its output
+        adapts_mlp = training.lora_target == "all-linear"
+        norm -= bytes_each * hidden
+        layer += bytes_each * (training.lora_rank * (7 if adapts_mlp else 4) - 2 * hidden)
+        layer -= 0 if adapts_mlp else bytes_each * (hidden + intermediate)
     if training.use_packing:
         layer += bytes_each * sizes["q"]  # attention's output, put back into the row
     if training.attention_type == "eager":
@@ -134,12 +222,7 @@ def _activations(sizes: dict[str, int], config: Config, n_tokens: int, longest_s
             layer -= bytes_each * sizes["q"] + 4 * sizes["heads"]
         else:  # keys and values repeated for every query head
             layer += 2 * bytes_each * (sizes["q"] - sizes["kv"])
-    if training.use_gradient_checkpointing:
-        # the residual stream at every layer's start, and one layer computed again
-        per_token = sizes["n_layers"] * BYTES[training.dtype] * hidden + layer
-    else:
-        per_token = sizes["n_layers"] * layer
-    return n_tokens * (per_token + norm) + (_autocast_copies(sizes, training) if autocast else 0)
+    return norm, layer
 
 
 def _autocast_copies(sizes: dict[str, int], training: Training) -> int:
@@ -162,7 +245,9 @@ def _log_probs(sizes: dict[str, int], config: Config, n_response_tokens: int) ->
         # the gradient of the logits in float32 and in two halves, that of the weight and what a chunk adds to it
         return max(forward, 8 * logits + 8 * sizes["vocabulary"] * sizes["hidden"])
     # log-softmax in float32, its gradient in the weight's dtype (in place for float32), the gradient of the weight
-    backward = (4 + bytes_each % 4) * logits + bytes_each * sizes["vocabulary"] * sizes["hidden"]
+    backward = (4 + bytes_each % 4) * logits
+    if config.training.lora_rank is None:
+        backward += bytes_each * sizes["vocabulary"] * sizes["hidden"]
     return max(forward, backward)
 
 

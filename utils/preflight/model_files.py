@@ -6,12 +6,14 @@ import re
 from pathlib import Path
 from typing import Any
 
+from utils.adapter_files import base_of
 from utils.preflight.hub import cached_file
 from utils.preflight.memory_estimate import BYTES, count_parameters
 from utils.problems import parse_json
 
 CHAT_TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 CONTEXT_NAMES = ("max_position_embeddings", "n_positions")  # GPT-2 calls it n_positions
+SHAPES = Path(__file__).parents[2] / "configs/shapes"  # config.json of models that are too large to fetch for a look
 SIZE_IN_NAME = re.compile(r"(?<![\d.])(\d+(?:\.\d+)?)\s*([bm])(?![a-z])", re.IGNORECASE)  # 1.5B, 360M
 
 
@@ -32,8 +34,20 @@ def model_file(model_path: str, name: str) -> Path | None:
 
 
 def model_config(model_path: str) -> dict[str, Any] | None:
-    """The model's config.json, None if it is not on this machine. Raises ValueError if it is not a JSON object."""
-    return _json_object(model_file(model_path, "config.json"))
+    """The model's config.json, or its shape in `configs/shapes`; an adapter's is its base's. None if unknown.
+
+    Raises ValueError if it is not a JSON object.
+    """
+    base = base_of(model_path)
+    known = SHAPES / f"{base}.json"
+    found = model_file(base, "config.json") or model_file(model_path, "config.json")
+    return _json_object(found or (known if known.is_file() and not is_local(base) else None))
+
+
+def base_folder(model_path: str) -> Path | None:
+    """Where the files of a model, or of an adapter's base, are on this machine; None if they are not."""
+    config_file = model_file(base_of(model_path), "config.json")
+    return config_file and config_file.parent
 
 
 def context_of(model_config: dict[str, Any]) -> int | None:

@@ -20,6 +20,7 @@ from utils.log.checkpoints import (
 from utils.log.files import CONFIG_FILE, earlier_launches
 from utils.log.output import holds_run, unwritable
 from utils.own_code import digest, unusable_own
+from utils.preflight.adapter_checks import adapter_obstacles
 from utils.preflight.config import load_config
 from utils.preflight.config_rules import ConfigError, own_code
 from utils.preflight.disk import too_little_space
@@ -41,6 +42,7 @@ HOW_TO_INSTALL = {
     "bitsandbytes": "pip install bitsandbytes",
     "flash_attn": "pip install flash-attn --no-build-isolation",
     "flash_attn_interface": "build FlashAttention 3 from its repository",
+    "peft": "pip install peft",
     "wandb": "pip install wandb",
     "trackio": 'pip install -e ".[trackers]"',
     "tensorboard": 'pip install -e ".[trackers]"',
@@ -64,6 +66,8 @@ def obstacles(config: Config, resume: bool, allow_changes: bool) -> Iterator[str
     yield from shortfalls(config)
     yield from unusable_files(config)
     yield from output_obstacles(config, resume, allow_changes)
+    with contextlib.suppress(ValueError):  # broken JSON: told above, or as the checkpoint is looked at
+        yield from adapter_obstacles(config, resume)
     with contextlib.suppress(ValueError):  # a config.json that cannot be read: loading the model says so
         yield from too_little_space(config, model_config(config.paths.model_path))
 
@@ -139,6 +143,8 @@ def _missing_packages(t: Training) -> Iterator[str]:
             f"training.optimizer = {t.optimizer_name}",
             "or set it to adamw",
         ),
+        ("bitsandbytes", t.load_in_4bit, "training.load_in_4bit = true", "or set it to false"),
+        ("peft", t.lora_rank is not None, "training.lora_rank", "or set it to null"),
         ("flash_attn", t.attention_type == "flash_attention_2", "attention_type flash_attention_2", "or take sdpa"),
         (
             "flash_attn_interface",

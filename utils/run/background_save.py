@@ -9,23 +9,23 @@ from typing import Any
 
 import torch
 
-from utils.algorithm.policy import full_weights
+from utils.algorithm.policy import save_policy, saved_weights
 from utils.run.checkpoint import Checkpoints, SaveFailure, TrainState
 
 
 class HeldPolicy:
-    """A policy's weights as they were, in host memory, under the names that `Checkpoints.save` asks for."""
+    """What a checkpoint holds of a policy as it was, in host memory, as `Checkpoints.save` asks for it."""
 
     def __init__(self, policy: torch.nn.Module) -> None:
         self._policy = policy
-        self._weights = to_host(full_weights(policy))
+        self._weights = to_host(saved_weights(policy))
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return self._weights
 
     def save_pretrained(self, folder: Any) -> None:
         """`PreTrainedModel.save_pretrained`, of the copy."""
-        self._policy.save_pretrained(folder, state_dict=dict(self._weights))
+        save_policy(self._policy, folder, self._weights)
 
 
 class HeldOptimizer:

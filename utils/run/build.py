@@ -11,6 +11,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from configs.defaults import DEFAULT_PROJECT, Config, Training
+from utils.adapter_files import is_own_reference, other_adapter
+from utils.algorithm.adapters import describe, has_adapter
 from utils.algorithm.head import find_head, head_of
 from utils.algorithm.loss_scale import begin_loss_scale
 from utils.algorithm.losses import find_loss
@@ -29,6 +31,7 @@ from utils.log.files import CONFIG_FILE, save_run_info
 from utils.log.output import claimed, holds_run
 from utils.log.run_log import RunLog
 from utils.own_code import digests
+from utils.preflight.adapter_checks import adapter_notes
 from utils.preflight.config import save_config, to_dict
 from utils.preflight.config_rules import ConfigError, own_code
 from utils.preflight.machine import machine_notes
@@ -114,8 +117,10 @@ def assemble(
         watchers.load_state_dict(state.guard, state.advisor)
         if state.skipped_in_a_row >= t.max_nonfinite_steps:  # what ended the run; a resume is another try
             state = replace(state, skipped_in_a_row=0)
-    notes += [*more_notes, *notes_on_policy(policy, t), *machine_notes(config)]
+    notes += [*more_notes, *notes_on_policy(policy, t), *machine_notes(config), *adapter_notes(config)]
     log = open_log(config, resume, state, engine.name, notes)
+    if has_adapter(policy):
+        log.note(describe(policy))
     checkpoints.tidy()  # not before everything was read: until here a damaged run is as it was
     if log.lost_evaluation:
         state = replace(state, evaluated_step=None)
@@ -124,7 +129,7 @@ def assemble(
     scorer = RewardScorer(t.reward_fn, t.extra_rewards, Grader(**to_dict(config)["grader"]))
     reference = None
     if t.kl_coef:
-        reference = load_reference(t.reference_path or config.paths.model_path, policy, t)
+        reference = build_reference(config, policy)
     return Run(
         config=config,
         learner=Learner(policy, tokenizer, optimizer, engine, scorer, problem_stream, reference),
@@ -147,6 +152,8 @@ def build_learner(
 ) -> tuple[PreTrainedModel, torch.optim.Optimizer, RolloutEngine]:
     """The policy, its optimizer and the engine that samples from it; on a GPU, a longest-case microbatch is tried."""
     t = config.training
+    if (reason := other_adapter(model_path, t)) is not None:
+        raise ConfigError(reason)
     seed_everything(t.seed)
     policy = load_policy(model_path, t)
     head_of(policy, t.head_dtype)  # refuses a head that cannot be in float32, before anything is sampled
@@ -157,6 +164,13 @@ def build_learner(
         try_longest_microbatch(policy, t, longest_prompt)
         engine.update_weights(policy)
     return policy, optimizer, engine
+
+
+def build_reference(config: Config, policy: PreTrainedModel) -> PreTrainedModel:
+    """What a KL term measures from: the policy itself without its adapter, where that is the model it began as."""
+    if is_own_reference(config):
+        return policy
+    return load_reference(config.training.reference_path or config.paths.model_path, policy, config.training)
 
 
 def try_own_code(config: Config) -> None:

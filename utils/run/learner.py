@@ -22,4 +22,5 @@ class Learner:
     engine: RolloutEngine
     scorer: RewardScorer
     problem_stream: ProblemStream
-    reference: torch.nn.Module | None = None  # the frozen policy that a KL term measures from
+    # what a KL term measures from: a frozen policy, or the policy itself, which then is asked without its adapter
+    reference: torch.nn.Module | None = None

@@ -59,4 +59,5 @@ def try_longest_microbatch(policy: torch.nn.Module, training: Training, longest_
 
 def optimizer_bytes(policy: torch.nn.Module, training: Training) -> int:
     """What the optimizer's state will take, as the estimate counts it."""
-    return optimizer_state_bytes(sum(p.numel() for p in trainable(policy)), training)
+    trained = trainable(policy)
+    return optimizer_state_bytes(sum(p.numel() for p in trained), trained[0].element_size(), training)
