@@ -53,7 +53,10 @@ def resolve_config(args: argparse.Namespace) -> Config:
     """The quickstart's config (with --model that of its sums, with --shape the defaults), the files and overrides, and
     what the benchmark fixes."""
     base = [] if args.shape else [ROOT / "configs" / ("smollm2/sums.yaml" if args.model else "quickstart.yaml")]
-    fixed = [f"paths.model_path={args.model}"] if args.model else []
+    fixed = []
+    if args.model:
+        fixed = [f"paths.model_path={args.model}", "training.gradient_accumulation_steps=1"]
+        fixed += [f"training.{name}_batch_size=64" for name in ("rollout", "train")]
     if args.shape:
         fixed = [f"paths.model_path={ROOT / 'runs' / 'bench' / args.shape}"]
     else:

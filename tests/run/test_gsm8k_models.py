@@ -1,4 +1,4 @@
-"""The GSM8K configs' models, in narrow copies with random weights and two layers; and how two known failures look."""
+"""The GSM8K configs' models, in their shapes with random weights and two layers; and how two known failures look."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ CHAT = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-SHAPES = {  # vocabulary, heads and layer types of the two models' own config.json; narrower, with fewer layers
+SHAPES = {  # as in the two models' own config.json, but for the number of layers
     "smollm2_360m": LlamaConfig(
-        vocab_size=49152, hidden_size=60, intermediate_size=96, num_hidden_layers=2, num_attention_heads=15,
-        num_key_value_heads=5, head_dim=64, max_position_embeddings=8192, rope_theta=100000.0, tie_word_embeddings=True,
+        vocab_size=49152, hidden_size=960, intermediate_size=2560, num_hidden_layers=2, num_attention_heads=15,
+        num_key_value_heads=5, max_position_embeddings=8192, rope_theta=100000.0, tie_word_embeddings=True,
     ),
     "gemma3_270m": Gemma3TextConfig(
-        vocab_size=262144, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=262144, hidden_size=640, intermediate_size=2048, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=1, head_dim=256, query_pre_attn_scalar=256, sliding_window=512,
         layer_types=["sliding_attention", "full_attention"], max_position_embeddings=32768, tie_word_embeddings=True,
     ),
