@@ -82,7 +82,8 @@ def test_a_model_that_transformers_knows_is_loaded_by_its_class(model: Path, mon
 
 def test_every_loader_is_told_so() -> None:
     """Whatever loads by a path says trust_remote_code=False, so that no default or question decides."""
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("utils/**/*.py"), *ROOT.glob("play-scripts/**/*.py")]:
+    paths = {*ROOT.glob("*.py"), *ROOT.glob("utils/**/*.py"), *ROOT.glob("play-scripts/**/*.py")}
+    for path in paths - {ROOT / "utils/hub/card.py"}:  # its calls are lines of a page, for people to copy
         for call in path.read_text().split(".from_pretrained(")[1:]:
             arguments = call.split("\n    except")[0]
             assert "trust_remote_code=False" in arguments[:200], path

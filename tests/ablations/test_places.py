@@ -294,14 +294,20 @@ def test_the_container_that_is_taken_away_saves_first(here: Path) -> None:
     add(here, "sleeps")
     settings = jobs_of("paths.output_dir=runs/a")[0].settings.replace("runs/roles/sleeps/seed_1337", "runs/a")
     commits: list[int] = []
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # what a shell starts in the background ignores it
 
     def take_away() -> int:
         if "asleep" in (folder / "console.log").read_text():
             os.kill(os.getpid(), signal.SIGINT)  # as Modal does, seconds before the end
         return 0
 
-    with pytest.raises(KeyboardInterrupt):
-        run_in_container(folder, settings, 24.0, 1.0, {SOURCE_VARIABLE: "{}"}, take_away, lambda: commits.append(1))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_in_container(folder, settings, 24.0, 1.0, {SOURCE_VARIABLE: "{}"}, take_away, lambda: commits.append(1))
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert json.loads((folder / "status.json").read_text()) == {"status": "interrupted", "grpo_step": 2}
     assert commits == [1]
     assert "max_hours" not in (folder / "console.log").read_text().replace("[]", "")  # the user's hour is shorter

@@ -370,9 +370,9 @@ def test_a_saved_config_with_removed_guard_fields_is_refused_by_name_and_remedy(
     """A config.yaml of an older run holds all of them: one message names every one."""
     path = tmp_path / "config.yaml"
     save_config(Config(), path)
-    path.write_text(path.read_text() + "  repeat_interval: 20\n  runaway_share: 0.9\n")
-    n_lines = len(path.read_text().splitlines())
-    with pytest.raises(ConfigError, match=rf"^\S+config\.yaml:{n_lines - 1}: ") as refusal:
+    path.write_text(path.read_text().replace("guard:\n", "guard:\n  repeat_interval: 20\n  runaway_share: 0.9\n"))
+    line = path.read_text().splitlines().index("  repeat_interval: 20") + 1
+    with pytest.raises(ConfigError, match=rf"^\S+config\.yaml:{line}: ") as refusal:
         load_config([path])
     assert "guard.repeat_interval, guard.runaway_share: a constant in utils/run/guard.py now" in str(refusal.value)
     assert str(refusal.value).endswith("delete the lines")
