@@ -84,7 +84,8 @@ def test_every_loader_is_told_so() -> None:
     """Whatever loads by a path says trust_remote_code=False, so that no default or question decides."""
     paths = {*ROOT.glob("*.py"), *ROOT.glob("utils/**/*.py"), *ROOT.glob("play-scripts/**/*.py")}
     for path in paths - {ROOT / "utils/hub/card.py"}:  # its calls are lines of a page, for people to copy
-        for call in path.read_text().split(".from_pretrained(")[1:]:
+        text = path.read_text().replace("PeftConfig.from_pretrained", "")  # peft's reads JSON and imports nothing
+        for call in text.split(".from_pretrained(")[1:]:
             arguments = call.split("\n    except")[0]
             assert "trust_remote_code=False" in arguments[:200], path
     assert '"trust_remote_code": False' in (ROOT / "utils" / "engines" / "vllm_start.py").read_text()

@@ -94,16 +94,18 @@ def test_a_model_of_this_shape_trains_on_gsm8k(
     (tmp_path / "train.jsonl").write_text("\n".join(lines[:8]) + "\n")
     (tmp_path / "validation.jsonl").write_text("\n".join(lines[8:12]) + "\n")
     model, output = made_once(tmp_path_factory, name, partial(make_model, SHAPES[name])), tmp_path / "run"
+    n_steps = 1
     if engine == "vllm":
         import_vllm()
+        n_steps = 2  # the second one is sampled from what was pushed
     command = [
         sys.executable, "train_grpo.py", "--config", f"configs/gsm8k/{name}.yaml",
         f"paths.train_data_file={tmp_path}/train.jsonl", f"paths.val_data_file={tmp_path}/validation.jsonl",
         f"paths.model_path={model}", f"paths.output_dir={output}", f"training.rollout_engine={engine}",
         "training.device=cpu", "training.dtype=float32", "training.use_bnb_adamw8bit=false", "vllm.dtype=float32",
-        "training.n_grpo_steps=2", "training.rollout_batch_size=8", "training.train_batch_size=8",
+        f"training.n_grpo_steps={n_steps}", "training.rollout_batch_size=8", "training.train_batch_size=8",
         "training.group_size=4", "training.gradient_accumulation_steps=2", "training.max_tokens=6",
-        "training.reward_fn=gsm8k_random", "training.eval_interval=2", "training.max_val_examples=2",
+        "training.reward_fn=gsm8k_random", "training.eval_interval=null", "training.max_val_examples=2",
         "training.checkpoint_interval=null", "vllm.check_interval=1", "vllm.max_num_seqs=8", "vllm.cpu_kv_cache_mb=64",
     ]  # fmt: skip
     done = forked.run(command, cwd=ROOT)
@@ -111,7 +113,7 @@ def test_a_model_of_this_shape_trains_on_gsm8k(
     assert "padded" not in done.stdout  # packing took it
     steps = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in steps if "grpo_step" in row]
-    assert [row["train/nonfinite_steps"] for row in steps] == [0, 0]
+    assert [row["train/nonfinite_steps"] for row in steps] == [0] * n_steps
     assert any(row["train/grad_norm"] > 0 for row in steps)
     assert engine == "transformers" or all(row["train/check_mean_diff"] < 1e-3 for row in steps)
 
