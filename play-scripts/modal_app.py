@@ -20,19 +20,27 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
-import modal
-
 from configs.defaults import Config
 from utils.ablations.estimate import cost
 from utils.ablations.places import modal as place
 from utils.ablations.places.container import run_in_container
+from utils.ablations.places.inputs import is_inside
 from utils.ablations.places.listing import checkpoint_of
-from utils.ablations.places.mirror import Mirror
+from utils.ablations.places.mirror import Mirror, holds_another_run
 from utils.ablations.places.place import Launch
 from utils.ablations.places.worker import CODE
+from utils.log.checkpoints import CHECKPOINTS_FOLDER, link_checkpoints
 from utils.log.files import CONFIG_FILE, SOURCE_VARIABLE
+from utils.log.output import claimed
 from utils.preflight.config import load_config_and_origins
 from utils.preflight.yaml_values import dump
+from utils.run.ending import Status
+
+try:
+    import modal
+except ImportError:
+    print(f"error: {place.NO_MODAL}", file=sys.stderr)
+    sys.exit(Status.USER_MISTAKE)
 
 HOME = PurePosixPath("/grpo")  # the code in the container; runs/ and data/ in it are volumes
 CACHE = "/models"  # of the Hugging Face hub's client
@@ -47,7 +55,7 @@ models = modal.Volume.from_name(place.MODELS, create_if_missing=True)
 # The devel image has the compiler that vLLM's kernels are built with when they are first used.
 image = (
     modal.Image.from_registry("nvidia/cuda:13.0.2-devel-ubuntu24.04", add_python="3.12")
-    .pip_install_from_pyproject(str(CODE / "pyproject.toml"), optional_dependencies=["gpu"])
+    .pip_install_from_pyproject(str(CODE / "pyproject.toml"), optional_dependencies=["gpu", "trackers"])
     .env({"PYTHONPATH": str(HOME), "HF_HOME": CACHE})
     .workdir(str(HOME))
     .add_local_dir(CODE, str(HOME), ignore=LEFT_OUT)
@@ -64,7 +72,7 @@ image = (
 def train_run(folder: str, settings: str, hours: float, max_hours: float | None, source: dict) -> tuple[int, float]:
     """Start or continue a run; returns its exit status and the seconds it took."""
     stops = modal.Dict.from_name(place.STOPS, create_if_missing=True)
-    key = PurePosixPath(folder).relative_to(place.RESULTS_FOLDER).as_posix()
+    key = place.key_of(Path(folder))
 
     def n_stops() -> int:
         with contextlib.suppress(modal.exception.Error):  # the network: asked again soon
@@ -90,7 +98,7 @@ def upload_data(path: str = place.DATA_FOLDER) -> None:
     """Put data/, or a file or folder in data/ or runs/, onto its volume."""
     local = Path(path)
     volume = {place.DATA_FOLDER: data, place.RESULTS_FOLDER: results}.get(local.parts[0] if local.parts else "")
-    if volume is None or not local.exists():
+    if volume is None or not is_inside(local) or not local.exists():
         raise SystemExit(f"error: {path}: give what exists in {place.DATA_FOLDER}/ or {place.RESULTS_FOLDER}/")
     target = "/" + "/".join(local.parts[1:])
     with volume.batch_upload(force=True) as batch:
@@ -154,8 +162,7 @@ def check(launch: Launch, resume: bool) -> None:
     obstacles = list(place.ModalPlace().obstacles(launch))
     if obstacles:
         raise ValueError("\n       ".join(obstacles))
-    key = launch.folder.relative_to(place.RESULTS_FOLDER).as_posix()
-    if not resume and CONFIG_FILE in place.VolumeFiles(modal, results, key).listing():
+    if not resume and CONFIG_FILE in place.VolumeFiles(modal, results, place.key_of(launch.folder)).listing():
         raise ValueError(
             f"{launch.folder} is taken on the volume; continue that run with --resume, or give another name"
         )
@@ -174,21 +181,38 @@ def pull(words: Sequence[str]) -> int:
             print(
                 f"error: no run {run} on the volume {place.RESULTS}; modal volume ls {place.RESULTS}", file=sys.stderr
             )
-            return 2
+            return Status.USER_MISTAKE
         for folder in folders:
-            files = place.VolumeFiles(modal, results, str(PurePosixPath(run, folder)))
             local = Path(place.RESULTS_FOLDER, run, folder)
-            wanted = (lambda name: True) if options.checkpoints else (lambda name: checkpoint_of(name) is None)
-            while not Mirror(files, local, wanted).refresh():
-                pass  # it was being written; once more
+            files = place.VolumeFiles(modal, results, str(PurePosixPath(run, folder)))
+            try:
+                with claimed(local) as lock:
+                    bring(files, local, options.checkpoints)
+                    lock.close()
+            except ValueError as mistake:
+                print(f"error: {mistake}", file=sys.stderr)
+                return Status.USER_MISTAKE
             print(f"{local}: brought back")
-    return 0
+    return Status.FINISHED
+
+
+def bring(files: place.VolumeFiles, local: Path, with_checkpoints: bool) -> None:
+    """Copy a run from the volume. Raises ValueError if there is another one here."""
+    if holds_another_run(files, local):
+        raise ValueError(f"{local} holds another run than the one on the volume; move it away")
+    mirror = Mirror(files, local, lambda name: with_checkpoints or checkpoint_of(name) is None)
+    while not mirror.refresh():
+        pass  # it was being written; once more
+    if with_checkpoints:  # a volume tells of links, but not where they lead
+        link_checkpoints(local / CHECKPOINTS_FOLDER)
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] != ["pull"]:
-        sys.exit(__doc__)
+        print(__doc__, file=sys.stderr)
+        sys.exit(Status.USER_MISTAKE)
     try:
         sys.exit(pull(sys.argv[2:]))
     except modal.exception.Error as refusal:
-        sys.exit(f"error: {place.explain(modal, refusal)}")
+        print(f"error: {place.explain(modal, refusal)}", file=sys.stderr)
+        sys.exit(Status.USER_MISTAKE)

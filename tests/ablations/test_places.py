@@ -15,7 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from place_cases import FakeModal, FunctionTimeoutError, ResourceExhaustedError
+from place_cases import ConnectionFailed, FakeModal, FunctionTimeoutError, ResourceExhaustedError
 
 from utils.ablations.estimate import estimate, used
 from utils.ablations.jobs import Job, find_topics, finish, plan
@@ -25,6 +25,7 @@ from utils.ablations.places.container import TimeIsUp, run_in_container
 from utils.ablations.places.place import Ending
 from utils.ablations.places.worker import RunOnWorker
 from utils.log.files import SOURCE_VARIABLE, git_state
+from utils.preflight.config import save_config
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "play-scripts" / "run_ablations.py"
@@ -226,6 +227,8 @@ def test_what_modal_refuses_is_a_line_and_names_the_run(
         (["training.reward_fn=own.py:reward"], ("own.py", "on no volume")),
         (["elsewhere.secrets=[huggingface]"], ("'huggingface'", "modal secret create huggingface")),
         (["training.wandb_project=sums"], ("WANDB_API_KEY", "elsewhere.secrets")),
+        (["training.trackers=[tensorboard,trackio]"], ("trackio", "TRACKIO_SPACE_ID", "elsewhere.secrets")),
+        (["training.max_hours=23.8"], ("training.max_hours = 23.8", "23.75")),
         (["training.device=cpu"], ("training.device", "idle")),
     ],
 )
@@ -239,6 +242,47 @@ def test_what_would_fail_on_modal_is_said_before_anything_starts(
     assert all(word in printed.err for word in complaint), printed.err
     assert "estimate: 1 run" in printed.out
     assert not cloud.calls
+
+
+def test_a_run_that_is_here_alone_is_not_written_over(
+    here: Path, cloud: FakeModal, capsys: pytest.CaptureFixture[str]
+) -> None:
+    add(here, "finishes")
+    (job,) = jobs_of()
+    save_config(job.config, make(job.folder) / "config.yaml")
+    (job.folder / "metrics.jsonl").write_text('{"grpo_step": 1, "time": 1.0}\n')
+    (job.folder / "run.json").write_text('{"launches": [{"started": "then"}]}')
+    assert main("configs/roles", "--on", "modal") == 2
+    assert "is not the one on Modal" in capsys.readouterr().err and not cloud.calls
+    there = make(cloud.root / job.folder)
+    for started, is_other in (("now", True), ("then", False)):
+        (there / "run.json").write_text(json.dumps({"launches": [{"started": started}, {"started": "later"}]}))
+        assert bool(list(find_place("modal").obstacles(job.launch))) is is_other
+
+
+def make(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def test_a_call_that_cannot_be_asked_for_is_not_started_twice(here: Path, cloud: FakeModal) -> None:
+    add(here, "finishes")
+    (job,) = jobs_of()
+    (make(job.folder) / modal_place.CALL_FILE).write_text('{"call": "fc-1"}')
+    answers = iter([ConnectionFailed("no network"), TimeIsUp("saved"), FunctionTimeoutError("24 hours")])
+    cloud.FunctionCall.from_id = lambda call_id: (_ for _ in ()).throw(next(answers))
+    work = modal_place.ModalWork.__new__(modal_place.ModalWork)
+    work.modal, work.launch = cloud, job.launch
+    with pytest.raises(ConnectionFailed):
+        work._earlier_call()
+    assert work._earlier_call() is work._earlier_call() is None
+
+
+def test_the_modal_app_without_modal_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setitem(sys.modules, "modal", None)
+    with pytest.raises(SystemExit) as exit_:
+        runpy.run_path(str(ROOT / "play-scripts" / "modal_app.py"))
+    assert exit_.value.code == 2 and ".[modal]" in capsys.readouterr().err
 
 
 def test_no_login_to_modal(here: Path, cloud: FakeModal, capsys: pytest.CaptureFixture[str]) -> None:

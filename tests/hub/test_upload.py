@@ -150,6 +150,7 @@ def test_an_upload_that_was_cut_off_goes_on(tmp_path: Path, tiny_model_dir: Path
     assert upload(*command)[0] == 0
     assert json.loads(hub.files["generation_config.json"])["max_length"] == 4
     assert "model-00001-of-00002.safetensors" not in hub.files and "NOTES.md" in hub.files
+    assert not any(name.startswith("last/") for name in hub.files)
 
 
 def test_a_folder_of_runs_goes_to_one_repository(tmp_path: Path, tiny_model_dir: Path, hub: FakeHub, upload) -> None:
@@ -210,6 +211,10 @@ def test_what_is_wrong_is_one_line_before_anything_is_sent(
     status, out, _ = upload(*there[:-1])
     assert status == 0 and "could not be looked at" in out and "model.safetensors" in out
 
+    launches = (run / "run.json").read_text()
+    (run / "run.json").write_text('{"launches": [{"started": "then"}]}')
+    assert "run.json" in refused(upload, *there)
+    (run / "run.json").write_text(launches)
     (run / "checkpoints" / "step_4" / "model.safetensors").write_bytes(b"")
     assert "damaged" in refused(upload, *there)
     (run / "checkpoints" / "last").unlink()

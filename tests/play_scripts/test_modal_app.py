@@ -128,6 +128,7 @@ def test_pull_brings_every_run_of_a_folder_back(app: ModuleType, capsys: pytest.
         checkpoint = app.results.folder / "sweep" / "a" / seed / "checkpoints" / "step_000004"
         checkpoint.mkdir(parents=True)
         (checkpoint / "weights").write_text(seed)
+        (checkpoint / "trainer_state.json").write_text('{"is_best": true}')
         for name in ("config.yaml", "metrics.jsonl"):
             (checkpoint.parents[1] / name).write_text(name)
     assert app.pull(["sweep"]) == 0
@@ -136,8 +137,13 @@ def test_pull_brings_every_run_of_a_folder_back(app: ModuleType, capsys: pytest.
     assert not (run / "checkpoints").exists()
     assert app.pull(["sweep/a/seed_2", "--checkpoints"]) == 0
     assert (run / "checkpoints" / "step_000004" / "weights").read_text() == "seed_2"
+    for name in ("best", "last"):
+        assert (run / "checkpoints" / name).resolve().name == "step_000004"
     assert app.pull(["other"]) == 2
     assert "no run other" in capsys.readouterr().err
+    (run / "run.json").write_text('{"launches": [{"started": "here"}]}')
+    assert app.pull(["sweep"]) == 2
+    assert "holds another run" in capsys.readouterr().err
 
 
 def test_upload_puts_a_folder_where_the_container_looks_for_it(

@@ -12,7 +12,7 @@ from pathlib import Path
 from utils.hub.card import model_card
 from utils.hub.facts import HEADLINE, SharedRun
 from utils.log.checkpoints import OPTIMIZER_FILE, STATE_FILE, step_of_checkpoint
-from utils.log.files import CONFIG_FILE, METRICS_FILE, ROLLOUTS_FILE, encode_row, read_rows
+from utils.log.files import CONFIG_FILE, METRICS_FILE, ROLLOUTS_FILE, encode_row, read_rows, step_of
 
 METADATA_FILE = "metadata.json"
 CARD_FILE = "README.md"
@@ -85,6 +85,7 @@ def _records(run: SharedRun) -> Iterator[File]:
 def key_rollouts(run: SharedRun) -> bytes:
     """The rollouts that were logged at the first, the best and the last evaluation, which show what was learned."""
     rows, _ = read_rows(run.folder / ROLLOUTS_FILE)
+    rows = [row for row in rows if step_of(row) is not None]
     steps = sorted({row["grpo_step"] for row in rows})
     rewards = {step: p.value for step, p in run.curves.curves.get(HEADLINE, {}).items() if p.value == p.value}
     wanted = {steps[0], steps[-1]} if steps else set()

@@ -16,6 +16,8 @@ from utils.preflight.config import load_config, to_dict
 
 HEADLINE = "eval/reward"
 FIGURES_FILE = "figures.json"  # what evaluate.py --output writes
+LAST_FOLDER = "last"  # in the repository: the last checkpoint, if it is not the best one
+NEEDED = {"started", "seed", "command"}  # of each launch in run.json
 
 
 @dataclass
@@ -48,7 +50,7 @@ class SharedRun:
             return {"last": (self.last, self.place)}
         chosen = {"best": (self.best, self.place)}
         if self.last != self.best:
-            chosen["last"] = (self.last, "last" if self.place == "." else f"{self.place}/last")
+            chosen["last"] = (self.last, LAST_FOLDER if self.place == "." else f"{self.place}/{LAST_FOLDER}")
         return chosen
 
     def metadata(self) -> dict[str, Any]:
@@ -106,8 +108,9 @@ def shared_run(folder: Path, place: str) -> SharedRun:
     """Read one run. Raises ValueError if a file that it needs is missing or damaged."""
     curves, _ = load_run(folder)
     launches = earlier_launches(folder)
-    if not launches or not (folder / CONFIG_FILE).is_file():
-        raise ValueError(f"{folder}: no run.json or no {CONFIG_FILE}, so nobody could tell what the run was")
+    is_known = launches and all(isinstance(item, dict) and item.keys() >= NEEDED for item in launches)
+    if not is_known or not (folder / CONFIG_FILE).is_file():
+        raise ValueError(f"{folder}: no whole run.json or no {CONFIG_FILE}, so nobody could tell what the run was")
     links = {name: folder / CHECKPOINTS_FOLDER / name for name in ("best", "last")}
     saved = {name: link.resolve() for name, link in links.items() if link.is_dir()}
     if "last" not in saved:

@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from utils.hub.bundle import METADATA_FILE, File, Part
+from utils.hub.facts import LAST_FOLDER
 from utils.preflight.hub import answers
 
 if TYPE_CHECKING:
@@ -97,15 +98,17 @@ class Repository:
         return [file for file in part.files if file.place not in there or not _is_same(file, there[file.place])]
 
     def left_over(self, parts: Sequence[Part]) -> list[str]:
-        """Weights there of an earlier best or last checkpoint, beside ours but not among them."""
+        """What an earlier upload put there and this one does not: other weights beside ours, or a whole last/."""
         ours = {file.place for part in parts for file in part.files}
         folders = {PurePosixPath(place).parent for place in ours if place.endswith(".safetensors")}
         weights = (".safetensors", ".safetensors.index.json")
-        return [
-            place
-            for place in self.files or {}
-            if place not in ours and place.endswith(weights) and PurePosixPath(place).parent in folders
-        ]
+
+        def is_left_over(place: str) -> bool:
+            folder = PurePosixPath(place).parent
+            was_last = folder.name == LAST_FOLDER and folder.parent in folders
+            return place not in ours and (was_last or (place.endswith(weights) and folder in folders))
+
+        return [place for place in self.files or {} if is_left_over(place)]
 
     def create(self, private: bool) -> None:
         """Make the repository if it is not there. Raises HubError."""
@@ -124,10 +127,7 @@ class Repository:
     @contextmanager
     def _refusals(self) -> Iterator[None]:
         """Turn what huggingface_hub raises into one line. Its errors do not hold the token."""
-        from huggingface_hub.errors import (
-            HfHubHTTPError,
-            HTTPError,
-        )  # the second is the base of its HTTP client's errors
+        from huggingface_hub.errors import HfHubHTTPError, HTTPError  # the second: the base of its HTTP client's errors
 
         if not answers(self.endpoint):
             raise HubError(f"{self.endpoint} does not answer; the same command goes on with what is missing")

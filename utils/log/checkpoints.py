@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.adapter_files import ADAPTER_FILES
+from utils.log.files import replace_link
 
 CHECKPOINTS_FOLDER = "checkpoints"
 STATE_FILE = "trainer_state.json"
@@ -34,6 +35,14 @@ def saved_checkpoints(folder: Path) -> list[Path]:
 def step_of_checkpoint(checkpoint: Path) -> int:
     """GRPO steps completed when it was saved, by its name."""
     return int(checkpoint.name.removeprefix("step_"))
+
+
+def link_checkpoints(folder: Path) -> None:
+    """Let `last` and `best` lead to the checkpoints that are so, in a copy that came without its links."""
+    saved = saved_checkpoints(folder)
+    for name, chosen in (("last", saved), ("best", [path for path in saved if read_state(path).get("is_best")])):
+        if chosen:
+            replace_link(folder / name, chosen[-1].name)
 
 
 def check_checkpoints(folder: Path) -> None:

@@ -127,6 +127,14 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     flush(folder.parent)
 
 
+def replace_link(link: Path, target: str) -> None:
+    """Let a link lead to the target from one instant to the next, whatever it led to before."""
+    unfinished = link.with_name(UNFINISHED + link.name)
+    unfinished.unlink(missing_ok=True)
+    unfinished.symlink_to(target)
+    unfinished.replace(link)
+
+
 def flush(path: Path) -> None:
     """Wait until a file, or a folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -7,6 +7,7 @@ appears when it is whole, and never before the rows of metrics that led to it.
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +15,17 @@ from typing import BinaryIO, Protocol
 
 from utils.ablations.places.listing import PIECE, Changed, Listing, Stamp, checkpoint_of
 from utils.ablations.places.worker import CONSOLE_FILE
-from utils.log.files import METRICS_FILE, ROLLOUTS_FILE, UNFINISHED, WARNINGS_FILE, whole_folder
+from utils.log.files import (
+    METRICS_FILE,
+    ROLLOUTS_FILE,
+    RUN_INFO_FILE,
+    UNFINISHED,
+    WARNINGS_FILE,
+    earlier_launches,
+    replace_link,
+    whole_folder,
+)
+from utils.log.output import holds_run
 
 APPENDED = (METRICS_FILE, ROLLOUTS_FILE, WARNINGS_FILE, CONSOLE_FILE)  # only what is new is fetched of these
 
@@ -109,10 +120,7 @@ class Mirror:
             link = self.folder / name
             if self.known.get(name) != target or not link.is_symlink():
                 link.parent.mkdir(parents=True, exist_ok=True)
-                unfinished = link.with_name(UNFINISHED + link.name)
-                unfinished.unlink(missing_ok=True)
-                unfinished.symlink_to(target)
-                unfinished.replace(link)
+                replace_link(link, target)
                 self.known[name] = target
 
     def _remove(self, names: list[str]) -> None:
@@ -126,6 +134,20 @@ class Mirror:
         for name in names:
             (self.folder / name).unlink(missing_ok=True)
             del self.known[name]
+
+
+def holds_another_run(files: Files, folder: Path) -> bool:
+    """Whether `folder` holds a run that is no copy of `files`, so that a mirror would write over it.
+
+    A run is known by its first launch. Raises ValueError if a list of launches cannot be read.
+    """
+    if not holds_run(folder):
+        return False
+    listing, ours = files.listing(), earlier_launches(folder)[:1]
+    stamp = listing.get(RUN_INFO_FILE)
+    if not ours or not isinstance(stamp, Stamp):
+        return bool(ours) or not listing
+    return json.loads(b"".join(files.read(RUN_INFO_FILE, stamp, 0)))["launches"][:1] != ours
 
 
 def pieces(path: Path) -> Iterator[tuple[int, bytes]]:

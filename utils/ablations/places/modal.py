@@ -18,10 +18,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from configs.defaults import Config
+from utils.ablations.places.container import RESERVE_HOURS, TimeIsUp
 from utils.ablations.places.inputs import input_files, is_inside
-from utils.ablations.places.listing import Changed, Listing, Stamp, checkpoint_of
-from utils.ablations.places.mirror import Mirror
+from utils.ablations.places.listing import checkpoint_of
+from utils.ablations.places.mirror import Mirror, holds_another_run
 from utils.ablations.places.place import Ending, Launch
+from utils.ablations.places.volume import VolumeFiles
 from utils.ablations.places.worker import CODE
 from utils.log.files import git_state, write_atomically
 from utils.log.output import claimed
@@ -36,6 +38,10 @@ STOPS = f"{APP}-stops"  # a modal.Dict: how often each run was asked to end
 CALL_FILE = "modal_call.json"
 SYNC_SECONDS = 10.0
 AT_ONCE = 10  # GPUs that Modal's smallest plan allows
+IN_SECRET = {  # what the secret of a tracker's name holds, which the run needs in its container
+    "wandb": "WANDB_API_KEY=...",
+    "trackio": "TRACKIO_SPACE_ID=owner/name HF_TOKEN=...",
+}
 NO_MODAL = '--on modal needs the package modal, which is missing: pip install -e ".[modal]"'
 
 
@@ -57,6 +63,7 @@ class ModalPlace:
         yield from misplaced(launch.config)
         try:
             yield from self._absent(launch.config)
+            yield from self._other_run(launch.folder)
             for name in launch.config.elsewhere.secrets:
                 yield from self._no_secret(name)
         except self.modal.exception.Error as error:
@@ -99,6 +106,13 @@ class ModalPlace:
                 f"modal run play-scripts/modal_app.py::setup_model --model {model}"
             )
 
+    def _other_run(self, folder: Path) -> Iterator[str]:
+        """Whether the run here would be written over by the one that starts on the volume."""
+        if not is_inside(folder, RESULTS_FOLDER) or (folder / CALL_FILE).exists():
+            return
+        if holds_another_run(VolumeFiles(self.modal, self.results, key_of(folder)), folder):
+            yield f"{folder} holds a run that is not the one on Modal; move it away, or give another name"
+
     @functools.cache  # noqa: B019 (one place per process)
     def _names(self, folder: str) -> frozenset[str]:
         """Files and folders on the volume that is mounted there."""
@@ -127,13 +141,23 @@ def misplaced(config: Config) -> Iterator[str]:
             yield f"{field} = {str(path)!r} is on no volume; put it in {DATA_FOLDER}/ and upload that"
     if config.training.device == "cpu":
         yield "training.device = 'cpu': a rented GPU would stand idle; set training.device=cuda:0"
-    uses_wandb = config.training.wandb_project or "wandb" in config.training.trackers
-    if uses_wandb and "wandb" not in config.elsewhere.secrets:
+    for name in config.training.tracker_names:
+        if name in IN_SECRET and name not in config.elsewhere.secrets:
+            yield (
+                f"the tracker {name} needs its login in the container: modal secret create {name} {IN_SECRET[name]}, "
+                f"then elsewhere.secrets='[{name}]'"
+            )
+    hours, limit = config.training.max_hours, config.elsewhere.timeout_hours - RESERVE_HOURS
+    if hours is not None and hours > limit:
         yield (
-            "training.trackers or wandb_project asks for wandb, which needs your login in the container: "
-            "modal secret create wandb WANDB_API_KEY=..., "
-            "then elsewhere.secrets='[wandb]'"
+            f"training.max_hours = {hours:g}: it begins anew in each container, and a container saves after {limit:g} "
+            "hours; give no more than that, or null"
         )
+
+
+def key_of(folder: Path) -> str:
+    """What a run is called on the volume of results."""
+    return PurePosixPath(folder).relative_to(RESULTS_FOLDER).as_posix()
 
 
 def hub_folder(model: str) -> str:
@@ -153,39 +177,12 @@ def explain(modal: Any, error: Exception) -> str:
     return f"{remedy} ({said})" if remedy else said
 
 
-class VolumeFiles:
-    """A folder on a volume, for the mirror."""
-
-    def __init__(self, modal: Any, volume: Any, folder: str) -> None:
-        self.modal, self.volume, self.folder = modal, volume, folder.strip("/")
-
-    def listing(self) -> Listing:
-        found: Listing = {}
-        try:
-            for entry in self.volume.iterdir(f"/{self.folder}", recursive=True):
-                name = entry.path.lstrip("/").removeprefix(f"{self.folder}/")
-                is_file = entry.type == self.modal.volume.FileEntryType.FILE
-                if is_file and not any(part.startswith(".") for part in name.split("/")):
-                    found[name] = Stamp(entry.mtime, entry.size, entry.mtime)  # a volume has no inodes
-        except (FileNotFoundError, self.modal.exception.NotFoundError):
-            return {}  # nothing was written yet
-        return found
-
-    def read(self, name: str, stamp: Stamp, begin: int) -> Iterator[bytes]:
-        try:
-            for data in self.volume.read_file(f"{self.folder}/{name}"):
-                yield data[begin:]
-                begin = max(0, begin - len(data))
-        except FileNotFoundError as error:
-            raise Changed(name) from error
-
-
 class ModalWork:
     """A call of the training function. A thread makes it, or finds the earlier one, and brings files back meanwhile."""
 
     def __init__(self, place: ModalPlace, launch: Launch) -> None:
         self.place, self.modal, self.launch = place, place.modal, launch
-        self.key = PurePosixPath(launch.folder).relative_to(RESULTS_FOLDER).as_posix()
+        self.key = key_of(launch.folder)
         self.call: Any = None
         self.n_interrupts = 0
         self.ending: Ending | None = None
@@ -205,7 +202,7 @@ class ModalWork:
                     self.ending = self._run()
                 finally:
                     lock.close()
-        except self.modal.exception.FunctionTimeoutError as error:
+        except (self.modal.exception.FunctionTimeoutError, TimeIsUp) as error:  # and Modal has tried often enough
             detail = explain(self.modal, error)
             self.ending = Ending(None, f"the container was ended: {detail}", time.monotonic() - began, lost=True)
         except (self.modal.exception.Error, OSError, ValueError) as error:
@@ -248,7 +245,9 @@ class ModalWork:
             call.get(timeout=0)
         except TimeoutError:
             return call
-        except (ValueError, KeyError, self.modal.exception.Error):  # damaged, expired, or it failed
+        except (self.modal.exception.AuthError, self.modal.exception.ConnectionError):  # it may go on all the same
+            raise
+        except (ValueError, KeyError, TimeIsUp, self.modal.exception.Error):  # damaged, expired, or it failed
             return None
         return call
 

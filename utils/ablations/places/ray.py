@@ -142,16 +142,17 @@ class RayWork:
             .options(num_gpus=need["GPU"], num_cpus=need["CPU"], max_restarts=0)
             .remote(source)
         )
-        self.is_begun = threading.Event()
+        self.is_begun, self.begins = False, threading.Lock()
         threading.Thread(target=self._follow, daemon=True).start()
 
     def poll(self) -> Ending | None:
         return self.ending
 
     def interrupt(self) -> None:
-        self.n_interrupts += 1
-        if self.is_begun.is_set():
-            self.actor.interrupt.remote()
+        with self.begins:  # else the run could get one request twice, and the second one ends it without a save
+            self.n_interrupts += 1
+            if self.is_begun:
+                self.actor.interrupt.remote()
 
     def ask(self, method: str, *arguments: Any) -> Any:
         """The answer of the worker. Raises RayError if the worker is gone."""
@@ -226,9 +227,10 @@ class RayWork:
 
     def _wait(self, mirror: Mirror | None) -> Ending:
         """Wait for the end, copying files meanwhile; at the end until nothing is left to copy."""
-        self.is_begun.set()
-        for _ in range(self.n_interrupts):  # which came while it was started
-            self.actor.interrupt.remote()
+        with self.begins:
+            self.is_begun = True
+            for _ in range(self.n_interrupts):  # which came while it was started
+                self.actor.interrupt.remote()
         while True:
             code, self.seconds = self.ask("state")
             is_whole = mirror is None or mirror.refresh()
