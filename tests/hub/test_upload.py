@@ -169,6 +169,25 @@ def test_a_folder_of_runs_goes_to_one_repository(tmp_path: Path, tiny_model_dir:
     assert status == 2 and "3e-4/seed_1" in err and "another --repo" in err
 
 
+def test_an_adapter_is_loaded_into_its_base_or_refused_with_a_base_that_is_here_alone(
+    tmp_path: Path, tiny_model_dir: Path, hub: FakeHub, upload
+) -> None:
+    upload.main.__globals__["figure_of"] = lambda runs: None
+    run = make_run(tmp_path / "run", tiny_model_dir)
+    for step in (2, 4):
+        folder = run / "checkpoints" / f"step_{step}"
+        (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+        (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/base"}')
+        (folder / "base_model.json").write_text("{}")
+    assert upload(run, "--repo", "owner/name", "--upload")[0] == 0
+    card = hub.files["README.md"].decode()
+    assert 'AutoModelForCausalLM.from_pretrained("owner/base")' in card and "library_name: peft" in card
+    assert 'PeftModel.from_pretrained(model, "owner/name")' in card
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "data/tiny/model"}')
+    (tmp_path / "data").mkdir()
+    assert "merge_lora.py" in refused(upload, run, "--repo", "owner/name")
+
+
 def refused(upload, *arguments: object) -> str:
     status, out, err = upload(*arguments)
     assert (status, len(err.splitlines())) == (2, 1), (out, err)

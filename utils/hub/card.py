@@ -25,7 +25,8 @@ def model_card(repo: str, runs: Sequence[SharedRun], figure: str | None) -> str:
 def _front_matter(runs: Sequence[SharedRun]) -> list[str]:
     bases = sorted({run.config["paths"]["model_path"] for run in runs})
     hub_bases = [base for base in bases if not is_local(base)]
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags:", "- grpo", "- rlvr"]
+    library = "transformers" if runs[0].base is None else "peft"
+    lines = ["---", f"library_name: {library}", "pipeline_tag: text-generation", "tags:", "- grpo", "- rlvr"]
     lines += ["base_model:", *(f"- {json.dumps(base)}" for base in hub_bases)] if hub_bases else []
     return [*lines, "---", ""]
 
@@ -120,9 +121,11 @@ def _loading(repo: str, run: SharedRun) -> list[str]:
         f"## Loading the {name} checkpoint" + (f" of `{run.place}`" if run.place != "." else ""),
         "",
         "```python",
+        *([] if run.base is None else ["from peft import PeftModel"]),
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
-        f'model = AutoModelForCausalLM.from_pretrained("{repo}"{subfolder})',
+        f'model = AutoModelForCausalLM.from_pretrained("{run.base or repo}"{subfolder if run.base is None else ""})',
+        *([] if run.base is None else [f'model = PeftModel.from_pretrained(model, "{repo}"{subfolder})']),
         f'tokenizer = AutoTokenizer.from_pretrained("{repo}"{subfolder})',
         "```",
         "",

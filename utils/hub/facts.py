@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from utils.adapter_files import base_of
 from utils.log.checkpoints import CHECKPOINTS_FOLDER, check_checkpoint, step_of_checkpoint
 from utils.log.files import CONFIG_FILE, METRICS_FILE, earlier_launches
 from utils.plots.history import Run, load_run
 from utils.preflight.config import load_config, to_dict
+from utils.preflight.model_files import is_local
 
 HEADLINE = "eval/reward"
 FIGURES_FILE = "figures.json"  # what evaluate.py --output writes
@@ -37,6 +39,12 @@ class SharedRun:
     def identity(self) -> str:
         """The same for every upload of this run, and for no other run."""
         return f"{self.launches[0]['started']} seed {self.launches[0]['seed']}"
+
+    @property
+    def base(self) -> str | None:
+        """The model on the Hub that the checkpoints are adapters of; None if they are whole models."""
+        base = base_of(str(self.last))
+        return None if base == str(self.last) else base
 
     @property
     def command(self) -> str:
@@ -117,6 +125,12 @@ def shared_run(folder: Path, place: str) -> SharedRun:
         raise ValueError(f"{folder}: no checkpoint is saved; upload the run once {links['last']} is there")
     for checkpoint in saved.values():
         check_checkpoint(checkpoint)
+        base = base_of(str(checkpoint))
+        if base != str(checkpoint) and is_local(base):
+            raise ValueError(
+                f"{checkpoint} is an adapter of {base}, which nobody else has; merge the two with "
+                "play-scripts/merge_lora.py, and share the result with `hf upload`"
+            )
     config = to_dict(load_config([folder / CONFIG_FILE]))
     return SharedRun(folder, place, curves, config, launches, saved.get("best"), saved["last"])
 
