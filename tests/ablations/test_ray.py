@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import runpy
 import shutil
@@ -69,7 +70,9 @@ def ancestors(pid: int) -> Iterator[int]:
 def training_process() -> int:
     """The process id of the run that a worker has started."""
     for folder in Path("/proc").iterdir():
-        words = (folder / "cmdline").read_bytes().split(b"\0") if folder.name.isdecimal() else []
+        words: list[bytes] = []
+        with contextlib.suppress(OSError):  # it is no process, or one that has just ended
+            words = (folder / "cmdline").read_bytes().split(b"\0")
         if b"--config=settings.yaml" in words and b"tie" not in words:
             return int(folder.name)
     raise AssertionError("no run")

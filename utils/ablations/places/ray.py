@@ -162,17 +162,20 @@ class RayWork:
             raise (error.cause if isinstance(error.cause, Exception) else error) from None
 
     def _follow(self) -> None:
-        """Start the run, follow it to its end, and note how that was."""
+        """Start the run, follow it to its end, and note how that was, when nothing more is asked of Ray."""
+        ending = None
         try:
-            self.ending = self._run()
+            ending = self._run()
         except (self.ray.exceptions.RayError, ConnectionError) as error:
-            self.ending = Ending(None, f"the worker was lost: {first_line(error)}", self.seconds, lost=True)
+            ending = Ending(None, f"the worker was lost: {first_line(error)}", self.seconds, lost=True)
         except (OSError, ValueError) as error:
-            self.ending = Ending(None, first_line(error), self.seconds)
+            ending = Ending(None, first_line(error), self.seconds)
         finally:
             with contextlib.suppress(self.ray.exceptions.RayError, ValueError):  # it is gone, or so is Ray
+                if ending is not None and not ending.lost:
+                    self.ask("clear")
                 self.ray.kill(self.actor)
-            self.ending = self.ending or Ending(None, "an error in the runner itself, shown above", self.seconds)
+            self.ending = ending or Ending(None, "an error in the runner itself, shown above", self.seconds)
 
     def _run(self) -> Ending:
         ready = self.actor.state.remote()
@@ -235,6 +238,5 @@ class RayWork:
             code, self.seconds = self.ask("state")
             is_whole = mirror is None or mirror.refresh()
             if code is not None and is_whole:
-                self.ask("clear")
                 return Ending(code, seconds=self.seconds)
             time.sleep(POLL_SECONDS if code is not None else SYNC_SECONDS)
