@@ -27,7 +27,7 @@ PATIENCE = 5  # seconds that an address has to answer
 SYNC_SECONDS = 2.0  # between looks at a run's files
 POLL_SECONDS = 0.5
 TOKEN_FILE = ".seen-from-here"  # which a worker looks for, to learn whether it shares the runner's files
-LEFT_OUT = ("/.git", "/.venv", "/data/*/", "/docs", "/results", "/runs", "/tests", "/wandb", "__pycache__")
+LEFT_OUT = ("/.*", "/data/*/", "/docs", "/results", "/runs", "/tests", "/wandb", "__pycache__")
 
 
 class RayPlace:
