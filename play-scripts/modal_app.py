@@ -99,7 +99,7 @@ def upload_data(path: str = place.DATA_FOLDER) -> None:
     local = Path(path)
     volume = {place.DATA_FOLDER: data, place.RESULTS_FOLDER: results}.get(local.parts[0] if local.parts else "")
     if volume is None or not is_inside(local) or not local.exists():
-        raise SystemExit(f"error: {path}: give what exists in {place.DATA_FOLDER}/ or {place.RESULTS_FOLDER}/")
+        sys.exit(refused(f"{path}: give what exists in {place.DATA_FOLDER}/ or {place.RESULTS_FOLDER}/"))
     target = "/" + "/".join(local.parts[1:])
     with volume.batch_upload(force=True) as batch:
         (batch.put_directory if local.is_dir() else batch.put_file)(str(local), target)
@@ -114,7 +114,7 @@ def train(*words: str) -> None:
         launch = launch_of(options)
         check(launch, options.resume)
     except ValueError as mistake:
-        raise SystemExit(f"error: {mistake}") from mistake
+        sys.exit(refused(mistake))
     print(expected(launch.config))
     call = place.function_for(modal, train_run, launch.config).spawn(**place.arguments_of(launch))
     print(f"{launch.folder}: running on Modal as call {call.object_id}, on {launch.config.elsewhere.gpu}")
@@ -178,10 +178,7 @@ def pull(words: Sequence[str]) -> int:
         names = place.VolumeFiles(modal, results, run).listing()
         folders = sorted({PurePosixPath(name).parent for name in names if PurePosixPath(name).name == CONFIG_FILE})
         if not folders:
-            print(
-                f"error: no run {run} on the volume {place.RESULTS}; modal volume ls {place.RESULTS}", file=sys.stderr
-            )
-            return Status.USER_MISTAKE
+            return refused(f"no run {run} on the volume {place.RESULTS}; modal volume ls {place.RESULTS}")
         for folder in folders:
             local = Path(place.RESULTS_FOLDER, run, folder)
             files = place.VolumeFiles(modal, results, str(PurePosixPath(run, folder)))
@@ -190,10 +187,15 @@ def pull(words: Sequence[str]) -> int:
                     bring(files, local, options.checkpoints)
                     lock.close()
             except ValueError as mistake:
-                print(f"error: {mistake}", file=sys.stderr)
-                return Status.USER_MISTAKE
+                return refused(mistake)
             print(f"{local}: brought back")
     return Status.FINISHED
+
+
+def refused(mistake: object) -> Status:
+    """Print a mistake on a line; the exit status that it has."""
+    print(f"error: {mistake}", file=sys.stderr)
+    return Status.USER_MISTAKE
 
 
 def bring(files: place.VolumeFiles, local: Path, with_checkpoints: bool) -> None:
@@ -214,5 +216,4 @@ if __name__ == "__main__":
     try:
         sys.exit(pull(sys.argv[2:]))
     except modal.exception.Error as refusal:
-        print(f"error: {place.explain(modal, refusal)}", file=sys.stderr)
-        sys.exit(Status.USER_MISTAKE)
+        sys.exit(refused(place.explain(modal, refusal)))

@@ -95,11 +95,14 @@ def test_train_is_called_with_what_the_config_sets_and_says_what_it_cost(
         (["paths.output_dir=runs/taken"], "is taken on the volume"),
     ],
 )
-def test_mistakes_start_nothing(app: ModuleType, calls: Calls, words: list[str], complaint: str) -> None:
+def test_mistakes_start_nothing(
+    app: ModuleType, calls: Calls, words: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     taken = app.results.folder / "taken"
     taken.mkdir()
     (taken / "config.yaml").touch()
-    assert complaint in train(app, *CONFIGS, *words)
+    assert train(app, *CONFIGS, *words) == 2
+    assert complaint in capsys.readouterr().err
     assert not calls.arguments
     assert train(app, *CONFIGS, "paths.output_dir=runs/taken", "--resume", "--spawn") is None
 
@@ -147,7 +150,7 @@ def test_pull_brings_every_run_of_a_folder_back(app: ModuleType, capsys: pytest.
 
 
 def test_upload_puts_a_folder_where_the_container_looks_for_it(
-    app: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    app: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     put = []
 
@@ -171,5 +174,6 @@ def test_upload_puts_a_folder_where_the_container_looks_for_it(
         app.upload_data.info.raw_f(path)
     assert put == [("data", "/"), ("data/math", "/math"), ("runs/sft/step_10", "/sft/step_10")]
     for path in ("docs", "data/none", ""):
-        with pytest.raises(SystemExit, match="give what exists"):
+        with pytest.raises(SystemExit) as exit_:
             app.upload_data.info.raw_f(path)
+        assert exit_.value.code == 2 and "give what exists" in capsys.readouterr().err
