@@ -18,7 +18,7 @@ import pytest
 from place_cases import ConnectionFailed, FakeModal, FunctionTimeoutError, ResourceExhaustedError
 
 from utils.ablations.estimate import estimate, used
-from utils.ablations.jobs import Job, find_topics, finish, plan
+from utils.ablations.jobs import Job, check_place, find_topics, finish, plan
 from utils.ablations.places import container, find_place, ray, worker
 from utils.ablations.places import modal as modal_place
 from utils.ablations.places.container import TimeIsUp, run_in_container
@@ -269,6 +269,8 @@ def test_a_call_that_cannot_be_asked_for_is_not_started_twice(here: Path, cloud:
     add(here, "finishes")
     (job,) = jobs_of()
     (make(job.folder) / modal_place.CALL_FILE).write_text('{"call": "fc-1"}')
+    with pytest.raises(ValueError, match="may be running on Modal"):
+        check_place([job], find_place("local"))
     answers = iter([ConnectionFailed("no network"), TimeIsUp("saved"), FunctionTimeoutError("24 hours")])
     cloud.FunctionCall.from_id = lambda call_id: (_ for _ in ()).throw(next(answers))
     work = modal_place.ModalWork.__new__(modal_place.ModalWork)

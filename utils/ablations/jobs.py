@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from configs.defaults import Config
-from utils.ablations.places.place import Ending, Launch, Place, Work
+from utils.ablations.places.place import CALL_FILE, Ending, Launch, Place, Work
 from utils.ablations.places.worker import CONSOLE_FILE
 from utils.ablations.published import find_ablation
 from utils.log.files import METRICS_FILE, STATUS_FILE, Row, read_rows, write_atomically
@@ -139,6 +139,8 @@ def plan(
 def check_place(jobs: Sequence[Job], place: Place) -> None:
     """Raise ValueError for what keeps a run from starting in the place, with the commands that prepare the ablation."""
     for job in jobs:
+        if place.name != "modal" and (job.folder / CALL_FILE).exists():
+            raise ValueError(f"{job.folder} may be running on Modal ({CALL_FILE}): ask there with --on modal")
         missing = list(place.obstacles(job.launch)) if job.state == "waiting" and not job.same_as else []
         if missing:
             raise ValueError(

@@ -22,7 +22,7 @@ from utils.ablations.places.container import RESERVE_HOURS, TimeIsUp
 from utils.ablations.places.inputs import input_files, is_inside
 from utils.ablations.places.listing import checkpoint_of
 from utils.ablations.places.mirror import Mirror, holds_another_run
-from utils.ablations.places.place import Ending, Launch
+from utils.ablations.places.place import CALL_FILE, Ending, Launch
 from utils.ablations.places.volume import VolumeFiles
 from utils.ablations.places.worker import CODE
 from utils.log.files import git_state, write_atomically
@@ -35,7 +35,6 @@ APP_FILE = CODE / "play-scripts" / "modal_app.py"
 RESULTS, DATA, MODELS = (f"{APP}-{name}" for name in ("results", "data", "models"))  # volumes
 RESULTS_FOLDER, DATA_FOLDER = "runs", "data"  # where the first two are mounted, relative to the code
 STOPS = f"{APP}-stops"  # a modal.Dict: how often each run was asked to end
-CALL_FILE = "modal_call.json"
 SYNC_SECONDS = 10.0
 AT_ONCE = 10  # GPUs that Modal's smallest plan allows
 IN_SECRET = {  # what the secret of a tracker's name holds, which the run needs in its container

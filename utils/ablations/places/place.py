@@ -9,6 +9,8 @@ from typing import Protocol
 
 from configs.defaults import Config
 
+CALL_FILE = "modal_call.json"  # in the folder of a run: its call on Modal, which may go on without the runner
+
 
 @dataclass(frozen=True)
 class Launch:
