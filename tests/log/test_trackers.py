@@ -310,3 +310,11 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 def test_a_table_needs_no_tracker() -> None:
     assert table_of([{"truth": "a", "x": 1}]) == (["truth", "x"], [["a", 1]])
+
+
+def test_a_tracker_whose_process_cannot_be_started_is_one_warning(tmp_path: Path) -> None:
+    (tmp_path / followers.LOG_FILE.format("tensorboard")).mkdir()  # its log cannot be opened
+    shown = followers.Followers(["tensorboard"], TrackedRun(str(tmp_path), "grpo", "run", "id"))
+    assert [kind for kind, text in [*shown.messages(), *shown.close("finished")] if "tensorboard" in text] == [
+        "warning"
+    ]

@@ -32,11 +32,19 @@ class Followers:
     """One process per tracker. A tracker that hangs, prints or crashes does so over there."""
 
     def __init__(self, names: Sequence[str], run: TrackedRun) -> None:
-        self._processes = [FollowerProcess(name, run) for name in names]
+        self._processes: list[FollowerProcess] = []
+        self._unstarted: list[str] = []  # why
+        for name in names:
+            try:
+                self._processes.append(FollowerProcess(name, run))
+            except OSError as error:
+                self._unstarted.append(f"{name} does not show this run: its process cannot be started: {error}")
         self._patience = run.patience
 
     def messages(self) -> Iterator[tuple[str, str]]:
         """("warning" or "note", text) of what the processes have had to say since the last call."""
+        while self._unstarted:
+            yield "warning", self._unstarted.pop(0)
         for process in self._processes:
             yield from process.messages()
         for process in [process for process in self._processes if process.has_ended]:
@@ -45,6 +53,7 @@ class Followers:
 
     def close(self, status: str) -> Iterator[tuple[str, str]]:
         """Let the processes hand over the rest, and end those that do not get it done. Yields what they say."""
+        yield from self.messages()
         deadline = time.monotonic() + LAST_WAIT * self._patience
         processes, self._processes = self._processes, []
         for process in processes:
