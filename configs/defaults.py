@@ -203,7 +203,11 @@ class Training:
     reference_path: str | None = option(
         None, "checkpoint folder or hub name of the reference policy; null is the model that training starts from"
     )
-    reference_dtype: str = option("bfloat16", "dtype of the reference policy", choices=["bfloat16", "float32"])
+    reference_dtype: str = option(
+        "bfloat16",
+        "dtype of a reference policy that is loaded; the policy without its adapter keeps its own",
+        choices=["bfloat16", "float32"],
+    )
 
     optimizer: str | None = option(
         None,

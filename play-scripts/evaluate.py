@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from configs.defaults import Config
-from utils.adapter_files import saved_origin
+from utils.adapter_files import is_in_4bit
 from utils.log.checkpoints import step_of_checkpoint
 from utils.log.files import CONFIG_FILE, ROLLOUTS_FILE, encode_row
 from utils.log.output import unwritable
@@ -108,9 +108,8 @@ def checkpoint_config(options: argparse.Namespace) -> Config:
     config, _ = fit_to_card(config, origins)
     # nothing is trained, so what training needs may be missing here, and no new adapter is put into a whole model
     unused = {"optimizer": "adamw", "use_gradient_checkpointing": False, "trackers": [], "wandb_project": ""}
-    in_4bit = saved_origin(options.checkpoint).get("load_in_4bit", False)
-    config.training = replace(config.training, **unused, lora_rank=None, load_in_4bit=in_4bit)
     refuse(unusable_base(options.checkpoint))
+    config.training = replace(config.training, **unused, lora_rank=None, load_in_4bit=is_in_4bit(options.checkpoint))
     return config
 
 

@@ -2,9 +2,8 @@
 
     python play-scripts/merge_lora.py runs/lora/checkpoints/best --output runs/lora/merged
 
-Each weight is W + lora_alpha / lora_rank x B A, summed in float32 and rounded once to --dtype, as it is when it is
-pushed into vLLM. An adapter of a base in 4 bits (`load_in_4bit`) is merged into what the 4 bits stand for, and that
-needs a GPU.
+Each weight is W + lora_alpha / lora_rank x B A, summed in float32 and rounded once to --dtype. An adapter
+of a base in 4 bits (`load_in_4bit`) is merged into what the 4 bits stand for, and that needs a GPU.
 """
 
 from __future__ import annotations
@@ -13,14 +12,13 @@ import argparse
 import sys
 from pathlib import Path
 
-from train_sft import default_device, run_command, save_checkpoint
+from train_sft import check_device, default_device, run_command, save_checkpoint
 
 from configs.defaults import Training
-from utils.adapter_files import base_of, saved_adapter, saved_origin
+from utils.adapter_files import base_of, is_in_4bit, saved_adapter
 from utils.log.output import unwritable
 from utils.preflight.adapter_checks import unusable_base
-from utils.preflight.hub import unavailable
-from utils.preflight.model_files import is_local, model_config
+from utils.preflight.model_files import model_config
 from utils.preflight.obstacles import refuse
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -35,19 +33,21 @@ def merge(options: argparse.Namespace) -> None:
     from utils.algorithm.adapters import describe, plain_config
     from utils.algorithm.policy import full_weights, load_policy, load_tokenizer
 
-    in_four_bits = saved_origin(options.checkpoint).get("load_in_4bit", False)
+    in_four_bits = is_in_4bit(options.checkpoint)
     device = options.device or (default_device() if in_four_bits else "cpu")
     if in_four_bits and not device.startswith("cuda"):
         raise ValueError(f"--device {device}: the adapter's base is kept in 4 bits, which needs a GPU: give cuda:0")
-    dtype = options.dtype or dtype_of_base(options.checkpoint)
+    base_dtype = dtype_of_base(options.checkpoint)
+    dtype = options.dtype or base_dtype
     training = Training(
-        device=device, dtype=dtype, load_in_4bit=in_four_bits, use_packing=False, use_gradient_checkpointing=False
+        device=device, dtype=base_dtype, load_in_4bit=in_four_bits, use_packing=False, use_gradient_checkpointing=False
     )
     policy = load_policy(options.checkpoint, training)
     print(describe(policy))
-    weights = {name: tensor.to("cpu") for name, tensor in full_weights(policy)}
+    wanted = getattr(torch, dtype)
+    weights = {name: tensor.to("cpu", wanted) for name, tensor in full_weights(policy, wanted)}
     with torch.device("meta"):
-        merged = AutoModelForCausalLM.from_config(plain_config(policy.config), dtype=getattr(torch, dtype))
+        merged = AutoModelForCausalLM.from_config(plain_config(policy.config), dtype=wanted)
     merged.load_state_dict(weights, assign=True)
     merged.tie_weights()
     merged.generation_config = policy.generation_config
@@ -66,10 +66,8 @@ def check_options(options: argparse.Namespace) -> None:
             f"{options.checkpoint} is {'a whole model already' if whole else 'no checkpoint'}: it holds no "
             "adapter_config.json; give a checkpoint of a run with training.lora_rank"
         )
-    base = base_of(options.checkpoint)
+    check_device(options.device)
     refuse(unusable_base(options.checkpoint))
-    if not is_local(base) and (reason := unavailable(base)) is not None:
-        raise ValueError(f"{options.checkpoint} is an adapter of {base!r}: {reason}")
 
 
 def dtype_of_base(checkpoint: str) -> str:

@@ -13,8 +13,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 from configs.defaults import Config
+from utils.adapter_files import is_in_4bit
 from utils.preflight.adapter_checks import unusable_base
 from utils.preflight.config import load_config_and_origins, to_dict
 from utils.preflight.fit import fit_to_card
@@ -28,10 +30,11 @@ def main(arguments: Sequence[str] | None = None) -> Status:
         if options.responses < 1:
             raise ValueError(f"--responses {options.responses}: give 1 or more")
         config, _ = fit_to_card(*load_config_and_origins(options.config, options.overrides))
-        # nothing is trained, so what training needs may be missing here
-        config.training.optimizer, config.training.use_gradient_checkpointing = "adamw", False
-        config.training.trackers, config.training.wandb_project = [], ""
         refuse(unusable_base(config.paths.model_path))
+        # nothing is trained, so what training needs may be missing here, and an adapter's base is as it was trained on
+        unused = {"optimizer": "adamw", "use_gradient_checkpointing": False, "trackers": [], "wandb_project": ""}
+        in_4bit = is_in_4bit(config.paths.model_path)
+        config.training = replace(config.training, **unused, lora_rank=None, load_in_4bit=in_4bit)
         inputs = ("val_data_file", "prompt_template_file")
         refuse([*shortfalls(config, inputs), *unusable_files(config, inputs)])
         lines = probe(config, options.responses)

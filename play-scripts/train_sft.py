@@ -24,12 +24,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from configs.defaults import Training
-from utils.adapter_files import other_adapter
+from utils.adapter_files import is_in_4bit, other_adapter
 from utils.log.files import METRICS_FILE, encode_row, whole_folder
 from utils.log.output import unwritable
 from utils.log.progress import ProgressBar
 from utils.preflight.adapter_checks import unusable_base
 from utils.preflight.hub import unavailable
+from utils.preflight.machine import has_gpu
 from utils.preflight.model_files import is_local
 from utils.preflight.obstacles import refuse
 from utils.problems import load_demonstrations
@@ -69,6 +70,8 @@ def run(options: argparse.Namespace) -> None:
     """What the command line asks for. Raises ValueError for a user's mistake."""
     output = Path(options.output)
     check_options(options, output)
+    training = training_of(options)
+    refuse([*unusable_base(options.model), *filter(None, [other_adapter(options.model, training)])])
     from utils.algorithm import sft
     from utils.algorithm.policy import load_policy, load_tokenizer
 
@@ -81,7 +84,22 @@ def run(options: argparse.Namespace) -> None:
         f"{len(demonstrations)} demonstrations ({n_left_out} longer than {options.max_tokens} tokens left out), "
         f"{options.steps} steps, {options.steps * options.batch_size / len(demonstrations):.2f} epochs"
     )
-    training = Training(
+    policy = load(load_policy, options.model, training)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "options.json").write_text(json.dumps(vars(options), indent=2) + "\n")
+    steps = sft.train(policy, demonstrations, training, options.steps, options.schedule, options.warmup_steps)
+    with (output / METRICS_FILE).open("w") as metrics_file:
+        for row in with_progress(steps, options.steps, print_every=max(1, options.steps // 20)):
+            metrics_file.write(encode_row(row) + "\n")
+            if row["step"] in options.save_at:
+                save_checkpoint(output / f"step_{row['step']}", policy, tokenizer)
+    save_checkpoint(output / "final", policy, tokenizer)
+    print(f"wrote {', '.join(str(output / name) for name in [*(f'step_{n}' for n in options.save_at), 'final'])}")
+
+
+def training_of(options: argparse.Namespace) -> Training:
+    """The config's fields that the command line sets; an adapter's base is in 4 bits where it was trained so."""
+    return Training(
         seed=options.seed,
         device=options.device or default_device(),
         dtype=options.dtype,
@@ -94,19 +112,8 @@ def run(options: argparse.Namespace) -> None:
         lora_rank=options.lora_rank,
         lora_alpha=options.lora_alpha,
         lora_target=options.lora_target,
+        load_in_4bit=is_in_4bit(options.model),
     )
-    refuse([*unusable_base(options.model), *filter(None, [other_adapter(options.model, training)])])
-    policy = load(load_policy, options.model, training)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "options.json").write_text(json.dumps(vars(options), indent=2) + "\n")
-    steps = sft.train(policy, demonstrations, training, options.steps, options.schedule, options.warmup_steps)
-    with (output / METRICS_FILE).open("w") as metrics_file:
-        for row in with_progress(steps, options.steps, print_every=max(1, options.steps // 20)):
-            metrics_file.write(encode_row(row) + "\n")
-            if row["step"] in options.save_at:
-                save_checkpoint(output / f"step_{row['step']}", policy, tokenizer)
-    save_checkpoint(output / "final", policy, tokenizer)
-    print(f"wrote {', '.join(str(output / name) for name in [*(f'step_{n}' for n in options.save_at), 'final'])}")
 
 
 def load(loader: Callable[..., Loaded], model: str, *arguments: object) -> Loaded:
@@ -127,6 +134,7 @@ def check_options(options: argparse.Namespace, output: Path) -> None:
         raise ValueError(f"--model {options.model}: no config.json there; give a checkpoint folder or a hub name")
     if not is_local(options.model) and (reason := unavailable(options.model)) is not None:
         raise ValueError(f"--model {options.model}: {reason}")
+    check_device(options.device)
     for name in ("steps", "batch_size", "gradient_accumulation_steps", "max_tokens", "lora_rank", "lora_alpha"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)} should be 1 or more")
@@ -145,6 +153,14 @@ def check_save_at(options: argparse.Namespace) -> None:
     for step in options.save_at:
         if not 1 <= step <= options.steps:
             raise ValueError(f"--save-at {step} is not one of the {options.steps} steps")
+
+
+def check_device(device: str | None) -> None:
+    """Raise ValueError for a --device that torch does not know, or that is not here."""
+    if device is not None and re.fullmatch(r"cpu|cuda(:\d+)?", device) is None:
+        raise ValueError(f"--device {device}: must be cpu, cuda, or cuda:N")
+    if device not in (None, "cpu") and not has_gpu():
+        raise ValueError(f"--device {device}: no NVIDIA GPU here; give cpu")
 
 
 def default_device() -> str:

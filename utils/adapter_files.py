@@ -12,6 +12,14 @@ from configs.defaults import Config, Training
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # peft's names
 ORIGIN_FILE = "base_model.json"  # ours: what the base was, by its content
 ADAPTER_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, ORIGIN_FILE)
+PLAIN = {  # what peft saves of an adapter whose whole effect is W + s B A on matrices
+    "peft_type": "LORA",
+    "bias": "none",
+    "use_dora": False,
+    "lora_bias": False,
+    "modules_to_save": None,
+    "trainable_token_indices": None,
+}
 N_BLOCKS, BLOCK = 64, 4096  # of each weights file, that its fingerprint reads
 
 
@@ -23,6 +31,24 @@ def saved_adapter(model_path: str) -> dict[str, Any] | None:
 def saved_origin(adapter: str) -> dict[str, Any]:
     """What `origin` said of the base when the adapter was saved; empty if another program saved it."""
     return _read(Path(adapter) / ORIGIN_FILE) or {}
+
+
+def is_in_4bit(model_path: str) -> bool:
+    """Whether a model path is an adapter that was trained beside weights in 4 bits."""
+    return saved_origin(model_path).get("load_in_4bit", False)
+
+
+def beyond_lora(adapter: str) -> str | None:
+    """What a saved adapter does beyond plain LoRA, which nothing here knows; None if nothing."""
+    saved = saved_adapter(adapter)
+    for name, plain in PLAIN.items():
+        value = saved.get(name) or plain
+        if value != plain:
+            return (
+                f"{adapter} has {name} = {value!r} in its {ADAPTER_CONFIG}, and only plain LoRA is known here; merge "
+                "it into its base with the program that made it"
+            )
+    return None
 
 
 def base_of(model_path: str) -> str:

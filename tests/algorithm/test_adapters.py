@@ -229,6 +229,27 @@ def test_a_saved_dropout_is_switched_off_and_said(tiny_model_dir: Path, tmp_path
     assert torch.equal(log_probs_of(policy), log_probs_of(policy))
 
 
+@pytest.mark.parametrize(
+    ("beyond", "words"),
+    [
+        ({"use_dora": True}, "use_dora = True"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save = "),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, "model.embed_tokens has other"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "lm_head has other"),
+    ],
+)
+def test_more_than_lora_on_matrices_is_refused(
+    tiny_model_dir: Path, tmp_path: Path, beyond: dict[str, object], words: str
+) -> None:
+    """Merging would leave it out."""
+    save_policy(adapted(tiny_model_dir), tmp_path)
+    saved = json.loads((tmp_path / ADAPTER_CONFIG).read_text())
+    (tmp_path / ADAPTER_CONFIG).write_text(json.dumps(saved | beyond))
+    with pytest.raises(ValueError, match=f"only plain LoRA|{words}") as refused:
+        load_policy(str(tmp_path), LORA)
+    assert words in str(refused.value)
+
+
 def test_matrices_stored_the_other_way_round_are_merged_too(tmp_path: Path) -> None:
     """GPT-2's weights are (in, out). Its attention alone: c_proj is a name in its MLP as well."""
     config = GPT2Config(vocab_size=300, n_positions=64, n_embd=16, n_layer=2, n_head=2)

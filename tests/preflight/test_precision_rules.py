@@ -83,3 +83,24 @@ def test_float32_masters_take_copies_of_a_layer_or_of_all() -> None:
     one, all_layers = (activations(**half, use_gradient_checkpointing=c) for c in (True, False))
     head = 2 * SIZES["vocab_size"] * SIZES["hidden_size"]
     assert one > head and all_layers - one > 3 * 2 * 3 * SIZES["hidden_size"] * SIZES["intermediate_size"]
+
+
+def test_a_frozen_head_has_no_gradient_in_float32_either() -> None:
+    def log_probs(*overrides: str) -> int:
+        config = load_config([], ["training.head_dtype=float32", *overrides])
+        return estimate_peak_memory(SIZES, config, 64)["log_probs"]
+
+    gradient = 8 * SIZES["vocab_size"] * SIZES["hidden_size"]  # the head's, and what a chunk adds to it
+    assert log_probs() - log_probs("training.lora_rank=4") == gradient
+
+
+def test_a_policy_that_samples_keeps_copies_of_trained_weights() -> None:
+    def sampling(*overrides: str) -> int:
+        config = load_config([], ["training.dtype=float32", *overrides])
+        return estimate_peak_memory(SIZES, config, 64, uses_vllm=False)["sampling"]
+
+    half, head = "training.autocast_dtype=bfloat16", 2 * SIZES["vocab_size"] * SIZES["hidden_size"]
+    layers = SIZES["num_hidden_layers"] * (4 * SIZES["hidden_size"] ** 2 + 3 * SIZES["hidden_size"] * 512)
+    assert sampling(half) - sampling() == head + 2 * layers
+    one = head + 2 * layers // SIZES["num_hidden_layers"]
+    assert sampling(half, "training.lora_rank=4") - sampling("training.lora_rank=4") == one

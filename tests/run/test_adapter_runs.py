@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ from utils.algorithm.policy import load_policy, save_policy
 from utils.log.checkpoints import DamagedCheckpoint, check_checkpoint
 from utils.preflight.adapter_checks import adapter_notes
 from utils.preflight.config import ConfigError, load_config
+from utils.preflight.memory_estimate import estimate_peak_memory
+from utils.preflight.model_files import model_config
 from utils.preflight.obstacles import obstacles
 from utils.run.ending import Status
 
@@ -75,6 +78,11 @@ def test_merged_it_is_a_plain_model_of_the_same_numbers(
     with torch.no_grad():
         torch.testing.assert_close(plain(ids).logits, policy(ids).logits, rtol=1e-5, atol=1e-5)
     assert not list(merged.glob("adapter*")) and (merged / "tokenizer.json").is_file()
+    half = tmp_path / "half"
+    merge_lora.merge(merge_lora.build_parser().parse_args([str(last), "--output", str(half), "--dtype", "bfloat16"]))
+    for name, weight in AutoModelForCausalLM.from_pretrained(half).state_dict().items():
+        assert weight.dtype == torch.bfloat16
+        assert torch.equal(weight, plain.state_dict()[name].bfloat16()), name  # of the sum in float32, rounded once
 
 
 def lines(world: Path, output: Path, *overrides: str) -> str:
@@ -93,9 +101,14 @@ def test_mistakes_are_told_before_anything_is_loaded(world: Path, undisturbed: P
     assert "is an adapter with 'all-linear'" in narrower
     assert lines(world, new, from_adapter, "training.lora_rank=4") == ""
     assert "training.lora_rank is null" in lines(world, undisturbed)  # as --resume --allow-changes would
+    whole = tmp_path / "whole"
+    shutil.copytree(world / "model", whole / "checkpoints" / "step_000001")
+    assert "trains all weights: set it to null" in lines(world, whole, "training.lora_rank=4")
 
 
-def test_another_base_is_told_before_anything_is_loaded(world: Path, tmp_path: Path) -> None:
+def test_another_base_is_told_before_anything_is_loaded(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     tiny.build_model(seed=0, n_layers=1).save_pretrained(base)
     tiny.build_tokenizer().save_pretrained(adapter)
@@ -108,6 +121,43 @@ def test_another_base_is_told_before_anything_is_loaded(world: Path, tmp_path: P
     saved = json.loads((adapter / ADAPTER_CONFIG).read_text())
     (adapter / ADAPTER_CONFIG).write_text(json.dumps(saved | {"base_model_name_or_path": f"{tmp_path}/gone/away"}))
     assert "put that model there" in lines(world, tmp_path / "new", *options)
+    reference = ("training.kl_coef=0.1", f"training.reference_path={adapter}")
+    assert "training.reference_path = " in lines(world, tmp_path / "new", *reference)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (adapter / ADAPTER_CONFIG).write_text(json.dumps(saved | {"base_model_name_or_path": "nobody/nothing-7b"}))
+    assert "'nobody/nothing-7b': it is not on this machine" in lines(world, tmp_path / "new", *options)
+    (adapter / ADAPTER_CONFIG).write_text(json.dumps(saved | {"use_dora": True}))
+    assert "use_dora = True" in lines(world, tmp_path / "new", *options)
+
+
+def test_a_reference_that_does_not_load_leaves_no_folder(world: Path, tmp_path: Path) -> None:
+    shutil.copytree(world / "model", tmp_path / "broken")
+    (tmp_path / "broken" / "model.safetensors").write_bytes(b"no weights")
+    options = ("training.kl_coef=0.1", f"training.reference_path={tmp_path}/broken")
+    assert finish(arguments(world, tmp_path / "run", *options)) == Status.USER_MISTAKE
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_base_in_four_bits_stays_so_for_sft_and_as_a_reference(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "play-scripts")
+    import train_sft
+
+    t = Training(device="cpu", dtype="float32", lora_rank=4, use_gradient_checkpointing=False)
+    save_policy(load_policy(str(world / "model"), t), tmp_path)
+    kept = load_config([], ["training.lora_rank=4", "training.kl_coef=0.1", f"paths.model_path={tmp_path}"])
+    needed = [estimate_peak_memory(model_config(str(tmp_path)), kept, 64)["reference"]]
+    saved = json.loads((tmp_path / ORIGIN_FILE).read_text())
+    (tmp_path / ORIGIN_FILE).write_text(json.dumps(saved | {"load_in_4bit": True}))
+    needed.append(estimate_peak_memory(model_config(str(tmp_path)), kept, 64)["reference"])
+    assert 0 < needed[1] < needed[0]
+    command = ["--model", str(tmp_path), "--data", "x", "--output", "x", "--steps", "1", "--lora-rank", "4"]
+    assert train_sft.training_of(train_sft.build_parser().parse_args(command)).load_in_4bit
+    for device, words in (("cuda:0", "no NVIDIA GPU"), ("tpu", "must be cpu")):
+        monkeypatch.setattr(train_sft, "has_gpu", lambda: False)
+        with pytest.raises(ValueError, match=words):
+            train_sft.check_device(device)
 
 
 def test_a_checkpoint_without_a_part_of_its_adapter_is_damaged(undisturbed: Path, tmp_path: Path) -> None:
@@ -143,3 +193,8 @@ def test_a_rate_for_full_weights_is_noted() -> None:
     noted = [list(adapter_notes(load_config([], o))) for o in (["training.lora_rank=8", "training.learning_rate=9e-6"],
              ["training.lora_rank=8"], ["training.learning_rate=9e-6"])]  # fmt: skip
     assert "10 x full fine-tuning's" in noted[0][0] and noted[1:] == [[], []]
+
+
+def test_masters_of_an_adapter_are_noted_as_none() -> None:
+    config = load_config([], ["training.lora_rank=8", "training.optimizer=adamw8bit_master"])
+    assert "so it is adamw8bit" in "".join(adapter_notes(config))

@@ -23,7 +23,15 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file
 
 from configs.defaults import Training
-from utils.adapter_files import ADAPTER_WEIGHTS, ORIGIN_FILE, origin, other_base, saved_adapter, saved_origin
+from utils.adapter_files import (
+    ADAPTER_WEIGHTS,
+    ORIGIN_FILE,
+    beyond_lora,
+    origin,
+    other_base,
+    saved_adapter,
+    saved_origin,
+)
 from utils.algorithm.four_bit import is_four_bit, n_weights, plain_weight
 from utils.notes import note
 from utils.seeding import derive_seed, preserved_random_state
@@ -111,11 +119,8 @@ def load_adapter(policy: PreTrainedModel, folder: str) -> None:
     """Put a saved adapter into its base. Raises ValueError if it does not fit, or the base is another one."""
     from peft import PeftConfig
 
-    saved = saved_adapter(folder)
-    base = _folder_of(saved["base_model_name_or_path"])
-    reason = other_base(folder, base)
-    if reason is None and saved.get("peft_type") != "LORA":
-        reason = f"{folder} is an adapter of type {saved.get('peft_type')}, and only LORA is known"
+    base = _folder_of(saved_adapter(folder)["base_model_name_or_path"])
+    reason = beyond_lora(folder) or other_base(folder, base)
     if reason is not None:
         raise ValueError(reason)
     config = PeftConfig.from_pretrained(folder)
@@ -144,12 +149,17 @@ def load_adapter(policy: PreTrainedModel, folder: str) -> None:
 
 
 def inject(policy: PreTrainedModel, config: LoraConfig) -> None:
-    """peft's layers, with A and B in float32, or float64 for a policy in float64."""
+    """peft's layers, with A and B in float32, or float64 for a policy in float64.
+
+    Raises ValueError for layers that `merged_weights` would not merge: embeddings, the head, and variants of LoRA.
+    """
     from peft import inject_adapter_in_model
 
     inject_adapter_in_model(config, policy, NAME)
-    dtype = torch.promote_types(policy.dtype, torch.float32)
-    for layer in _adapted_layers(policy).values():
+    dtype, head = torch.promote_types(policy.dtype, torch.float32), policy.get_output_embeddings()
+    for name, layer in _adapted_layers(policy).items():
+        if NAME not in layer.lora_A or layer.lora_variant or layer is head:
+            raise ValueError(f"only plain LoRA on matrices beside embeddings and head is known, and {name} has other")
         layer.cast_input_dtype_enabled = False  # `WideLinear` casts the weight; the input is far larger
         for matrices in (layer.lora_A, layer.lora_B):
             thin = matrices[NAME]

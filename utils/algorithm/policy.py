@@ -22,7 +22,7 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from configs.defaults import Training
-from utils.adapter_files import base_of, saved_adapter
+from utils.adapter_files import base_of, is_in_4bit, saved_adapter
 from utils.algorithm.adapters import (
     AdapterMistake,
     adapter_weights,
@@ -125,7 +125,7 @@ def load_reference(model_path: str, policy: PreTrainedModel, training: Training)
         use_gradient_checkpointing=False,
         use_compile=False,
         lora_rank=None,
-        load_in_4bit=False,
+        load_in_4bit=is_in_4bit(model_path),
     )
     reference = load_policy(model_path, frozen).eval().requires_grad_(False)
     sizes = [model.config.get_text_config().vocab_size for model in (reference, policy)]
@@ -240,7 +240,8 @@ def autocast(
     """Compute in this dtype on the policy's device while its weights keep theirs; None: in the weights' own.
 
     A weight's copy in this dtype lives as long as autograd needs it: where activations are recomputed, a layer at a
-    time. `keep_copies`, for many passes with the same weights: until the context ends.
+    time. `keep_copies`, for many passes with the same weights: until the context ends. Torch keeps copies of trained
+    weights alone: those that an adapter has frozen are cast anew at each use.
     """
     if dtype is None:
         return contextlib.nullcontext()

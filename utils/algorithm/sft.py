@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 import torch
-from transformers import PreTrainedModel, get_scheduler
+from transformers import PreTrainedModel
 
 from configs.defaults import Training
 from utils.algorithm.batch import lengths_of, pad, response_mask
@@ -65,6 +65,8 @@ def train(
     Of `training` it reads the batch (`train_batch_size`, `gradient_accumulation_steps`), the optimizer's fields and
     `seed`. Raises ValueError as `train_step` does.
     """
+    from transformers import get_scheduler  # brings bitsandbytes, whose warnings `adapters` has silenced by now
+
     optimizer = build_optimizer(policy, training)
     scheduler = get_scheduler(SCHEDULES[schedule], optimizer, warmup_steps, n_steps)
     stream = ProblemStream(demonstrations, training.seed)

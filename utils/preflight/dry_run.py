@@ -77,8 +77,6 @@ def notes(config: Config, prompt: LongestPrompt) -> Iterator[str]:
         size = bytes_to_fetch(model_path)
         amount = "an unknown amount" if size is None else f"about {size / GB:.1f} GB"
         yield f"{model_path} is not on this machine yet: {amount} to fetch from the hub"
-    if t.autocast_dtype == "float16" and config.vllm.dtype != "float16" and _engine(config).startswith("vllm"):
-        yield f"the trainer computes in float16 and vLLM in {config.vllm.dtype}: set vllm.dtype=float16 too"
     yield from machine_notes(config)
     yield from adapter_notes(config)
     yield from _memory_notes(config, prompt)

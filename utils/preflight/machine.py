@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import subprocess
@@ -77,8 +78,11 @@ def estimated_memory(config: Config, longest_prompt: int | None = None) -> dict[
 
 
 def machine_notes(config: Config) -> Iterator[str]:
-    """What a GPU does slowly with these settings."""
+    """What trainer and engine do not share with these settings, and what a GPU does slowly with them."""
     t = config.training
+    with contextlib.suppress(ValueError):  # no engine can be used: told elsewhere
+        if t.autocast_dtype == "float16" and config.vllm.dtype != "float16" and choose_engine(config) == "vllm":
+            yield f"the trainer computes in float16 and vLLM in {config.vllm.dtype}: set vllm.dtype=float16 too"
     if not t.device.startswith("cuda"):
         return
     if t.dtype == "float32" and t.autocast_dtype is None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from configs.defaults import Config, Training
-from utils.adapter_files import is_own_reference
+from utils.adapter_files import is_in_4bit, is_own_reference
 
 GIB = 2**30
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -100,7 +101,7 @@ def estimate_peak_memory(
         "weights": _weight_bytes(model_config, training),
         "gradients": n_trained * bytes_each,
         "optimizer": optimizer_state_bytes(n_trained, bytes_each, training),
-        "reference": _reference(config, n_parameters),
+        "reference": _reference(model_config, config),
         "activations": activations,
         "log_probs": _log_probs(sizes, config, n_response_tokens),
         "merging": _merging(model_config, config) if uses_vllm else 0,
@@ -129,17 +130,23 @@ def optimizer_state_bytes(n_parameters: int, bytes_each: int, training: Training
     return 2 * n_parameters * bytes_each
 
 
-def _reference(config: Config, n_parameters: int) -> int:
+def _reference(model_config: dict[str, Any], config: Config) -> int:
     """A second model, if there is a KL term and the policy without its adapter is not what it measures from."""
-    needed = config.training.kl_coef and not is_own_reference(config)
-    return n_parameters * BYTES[config.training.reference_dtype] if needed else 0
+    t = config.training
+    if not t.kl_coef or is_own_reference(config):
+        return 0
+    in_4bit = is_in_4bit(t.reference_path or config.paths.model_path)
+    return _weight_bytes(model_config, replace(t, dtype=t.reference_dtype, lora_rank=None, load_in_4bit=in_4bit))
 
 
 def _sampling(sizes: dict[str, int], training: Training, longest_sequence: int) -> int:
-    """The transformers engine's KV cache, and a step's logits, log-softmax and cumulative probabilities in float64."""
+    """The transformers engine's KV cache, a step's logits, log-softmax and cumulative probabilities in float64, and
+    with autocast copies of weights."""
     n_sequences = min(training.generation_batch_size, training.rollout_batch_size)
     cache = 2 * sizes["n_layers"] * sizes["kv"] * BYTES[training.dtype] * longest_sequence
-    return n_sequences * (cache + (4 + 4 + 8 + 8) * sizes["vocabulary"])
+    # torch keeps the copies of trained weights from token to token, and none of frozen ones
+    copies = _autocast_copies(sizes, training, sizes["n_layers"] if training.lora_rank is None else 1)
+    return n_sequences * (cache + (4 + 4 + 8 + 8) * sizes["vocabulary"]) + copies
 
 
 def _merging(model_config: dict[str, Any], config: Config) -> int:
@@ -184,7 +191,7 @@ def _activations(
     training = config.training
     bytes_each = BYTES[training.autocast_dtype or training.dtype]
     norm, layer = _per_token(sizes, config, longest_sequence)
-    copies = _autocast_copies(sizes, training) if training.autocast_dtype is not None else 0
+    copies = _autocast_copies(sizes, training, 1 if training.use_gradient_checkpointing else sizes["n_layers"])
     if training.lora_rank is not None and bytes_each < 4:  # A and B, rounded
         copies += n_trained * bytes_each
     if training.load_in_4bit:  # the largest matrix out of its 4 bits
@@ -225,15 +232,17 @@ def _per_token(sizes: dict[str, int], config: Config, longest_sequence: int) -> 
     return norm, layer
 
 
-def _autocast_copies(sizes: dict[str, int], training: Training) -> int:
-    """The weights in autocast's dtype that autograd keeps; where layers are computed again, one layer's and the head's.
+def _autocast_copies(sizes: dict[str, int], training: Training, n_layers: int) -> int:
+    """The weights of so many layers and of the head in autocast's dtype; 0 without autocast.
 
-    The embedding is looked up in its own dtype.
+    Autograd keeps those of all layers, or of one where layers are computed again. The embedding is looked up in its own
+    dtype.
     """
+    if training.autocast_dtype is None:
+        return 0
     hidden, table = sizes["hidden"], sizes["vocabulary"] * sizes["hidden"]
     layer = 2 * hidden * (sizes["q"] + sizes["kv"]) + 3 * hidden * sizes["intermediate"]
-    n_copied = table + layer * (1 if training.use_gradient_checkpointing else sizes["n_layers"])
-    return n_copied * BYTES[training.autocast_dtype]
+    return (table + layer * n_layers) * BYTES[training.autocast_dtype]
 
 
 def _log_probs(sizes: dict[str, int], config: Config, n_response_tokens: int) -> int:
@@ -241,12 +250,13 @@ def _log_probs(sizes: dict[str, int], config: Config, n_response_tokens: int) ->
     bytes_each = BYTES[config.training.autocast_dtype or config.training.dtype]
     logits = min(config.training.log_prob_chunk_size, n_response_tokens) * sizes["vocabulary"]
     forward = 8 * logits  # log-softmax and, for the entropy, its exponential, both float32
+    is_trained = config.training.lora_rank is None
     if config.training.head_dtype is not None and bytes_each == 2:
         # the gradient of the logits in float32 and in two halves, that of the weight and what a chunk adds to it
-        return max(forward, 8 * logits + 8 * sizes["vocabulary"] * sizes["hidden"])
+        return max(forward, 8 * logits + (8 * sizes["vocabulary"] * sizes["hidden"] if is_trained else 0))
     # log-softmax in float32, its gradient in the weight's dtype (in place for float32), the gradient of the weight
     backward = (4 + bytes_each % 4) * logits
-    if config.training.lora_rank is None:
+    if is_trained:
         backward += bytes_each * sizes["vocabulary"] * sizes["hidden"]
     return max(forward, backward)
 

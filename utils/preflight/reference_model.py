@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from configs.defaults import Config
+from utils.preflight.adapter_checks import unusable_base
 from utils.preflight.hub import unavailable
 from utils.preflight.model_files import is_local, model_config, vocabulary, vocabulary_size
 
@@ -23,6 +24,7 @@ def reference_obstacles(config: Config) -> Iterator[str]:
         yield f"{named}: {reason}"
         return
     try:
+        yield from (f"{named}: {reason}" for reason in unusable_base(path))
         difference = _other_vocabulary(path, model_path)
     except (ValueError, OSError) as error:
         yield f"{named}: {error}"

@@ -103,6 +103,7 @@ def assemble(
     stop_request.check_while_loading()
     longest_prompt = max(len(prompt.token_ids) for prompt in (*train_prompts, *validation_prompts))
     policy, optimizer, engine = build_learner(config, model_path, tokenizer, longest_prompt)
+    reference = build_reference(config, policy) if t.kl_coef else None
     stop_request.check_while_loading()
     stop_request.install()  # vLLM and others may have put handlers of their own in place
 
@@ -127,9 +128,6 @@ def assemble(
     if checkpoint is not None:
         restore_random_state(state.random)  # last: loading models, engine and tracker draws from these generators
     scorer = RewardScorer(t.reward_fn, t.extra_rewards, Grader(**to_dict(config)["grader"]))
-    reference = None
-    if t.kl_coef:
-        reference = build_reference(config, policy)
     return Run(
         config=config,
         learner=Learner(policy, tokenizer, optimizer, engine, scorer, problem_stream, reference),
