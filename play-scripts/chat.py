@@ -93,6 +93,8 @@ def answer(
     import torch
     from transformers import TextStreamer
 
+    from utils.algorithm.policy import autocast
+
     class Stream(TextStreamer):
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             print(visible(text), end="\n" if stream_end else "", flush=True)
@@ -100,7 +102,7 @@ def answer(
     t = config.training
     ids = torch.tensor([prompt.token_ids], device=policy.device)
     how = {"do_sample": False} if greedy else {"temperature": t.temperature, "top_p": t.top_p, "top_k": 0}
-    with torch.no_grad():
+    with torch.no_grad(), autocast(policy, t.autocast_dtype, keep_copies=True):
         output = policy.generate(
             ids,
             attention_mask=torch.ones_like(ids),

@@ -71,7 +71,11 @@ def run(options: argparse.Namespace) -> None:
     output = Path(options.output)
     check_options(options, output)
     training = training_of(options)
-    refuse([*unusable_base(options.model), *filter(None, [other_adapter(options.model, training)])])
+    refuse(
+        as_options(reason)
+        for reason in (*unusable_base(options.model), other_adapter(options.model, training))
+        if reason
+    )
     from utils.algorithm import sft
     from utils.algorithm.policy import load_policy, load_tokenizer
 
@@ -121,8 +125,12 @@ def load(loader: Callable[..., Loaded], model: str, *arguments: object) -> Loade
     try:
         return loader(model, *arguments)
     except ValueError as error:
-        line = str(error).replace("paths.model_path = ", "--model ")
-        raise ValueError(re.sub(r"training\.lora_(\w+) =", r"--lora-\1", line)) from error
+        raise ValueError(as_options(str(error))) from error
+
+
+def as_options(line: str) -> str:
+    """A complaint about a config's fields, with this program's options in their place."""
+    return re.sub(r"training\.lora_(\w+)(?: =)?", r"--lora-\1", line.replace("paths.model_path = ", "--model "))
 
 
 def check_options(options: argparse.Namespace, output: Path) -> None:

@@ -15,7 +15,7 @@ from utils.algorithm.loss_scale import (
     GROWTH_STEPS,
     KEY,
     adapt_loss_scale,
-    begin_loss_scale,
+    fit_loss_scale,
     loss_scale,
     loss_scale_metrics,
 )
@@ -28,7 +28,7 @@ FLOAT16 = replace(ON_POLICY, autocast_dtype="float16", normalize_mode="constant"
 def plain_optimizer(policy: torch.nn.Module, scale: float | None) -> torch.optim.Optimizer:
     optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
     if scale is not None:
-        begin_loss_scale(optimizer)
+        fit_loss_scale(optimizer, "float16")
         optimizer.state[KEY]["scale"] = scale
     return optimizer
 
@@ -73,7 +73,7 @@ def test_the_scale_grows_and_stops_at_its_lowest() -> None:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
     assert loss_scale(optimizer) is None and loss_scale_metrics(optimizer) == {}
     assert not adapt_loss_scale(optimizer, finite=False)  # without a scale, it is no cause
-    begin_loss_scale(optimizer)
+    fit_loss_scale(optimizer, "float16")
     assert not any(adapt_loss_scale(optimizer, finite=True) for _ in range(GROWTH_STEPS))
     assert loss_scale(optimizer).item() == loss_scale_metrics(optimizer)["loss_scale"] == 2 * FIRST
     blamed = [adapt_loss_scale(optimizer, finite=False) for _ in range(18)]
@@ -93,5 +93,7 @@ def test_the_scale_is_in_the_checkpoint(tiny_model_dir: Path, tmp_path: Path, op
     optimizer = build_optimizer(policy, training)
     saved["state"][KEY]["scale"] = 8.0
     optimizer.load_state_dict(saved)
-    begin_loss_scale(optimizer)  # as a resumed run does
+    fit_loss_scale(optimizer, "float16")  # as a resumed run does
     assert loss_scale(optimizer).item() == 8.0
+    fit_loss_scale(optimizer, "bfloat16")  # as one resumed in another dtype
+    assert loss_scale(optimizer) is None

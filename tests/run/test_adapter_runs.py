@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from configs.defaults import Training
 from utils import tiny
-from utils.adapter_files import ADAPTER_CONFIG, ORIGIN_FILE
+from utils.adapter_files import ADAPTER_CONFIG, ORIGIN_FILE, other_adapter
 from utils.algorithm.policy import load_policy, save_policy
 from utils.log.checkpoints import DamagedCheckpoint, check_checkpoint
 from utils.preflight.adapter_checks import adapter_notes
@@ -154,6 +155,8 @@ def test_a_base_in_four_bits_stays_so_for_sft_and_as_a_reference(
     assert 0 < needed[1] < needed[0]
     command = ["--model", str(tmp_path), "--data", "x", "--output", "x", "--steps", "1", "--lora-rank", "4"]
     assert train_sft.training_of(train_sft.build_parser().parse_args(command)).load_in_4bit
+    said = train_sft.as_options(other_adapter(str(tmp_path), replace(t, lora_rank=None)))
+    assert "and --lora-rank is null: set it to 4" in said and "training." not in said
     for device, words in (("cuda:0", "no NVIDIA GPU"), ("tpu", "must be cpu")):
         monkeypatch.setattr(train_sft, "has_gpu", lambda: False)
         with pytest.raises(ValueError, match=words):

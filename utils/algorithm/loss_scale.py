@@ -13,9 +13,12 @@ FIRST, LOWEST, GROWTH_STEPS = 2.0**16, 1.0, 2000
 KEY = "loss_scale"  # in the optimizer's state, beside its parameters
 
 
-def begin_loss_scale(optimizer: torch.optim.Optimizer) -> None:
-    """Give the optimizer a loss scale, for float16, if it has none."""
-    optimizer.state.setdefault(KEY, {"scale": FIRST, "steps": 0})
+def fit_loss_scale(optimizer: torch.optim.Optimizer, autocast_dtype: str | None) -> None:
+    """Give the optimizer a loss scale for float16, if it has none; for other dtypes take away what a resume brought."""
+    if autocast_dtype == "float16":
+        optimizer.state.setdefault(KEY, {"scale": FIRST, "steps": 0})
+    else:
+        optimizer.state.pop(KEY, None)
 
 
 def loss_scale(optimizer: torch.optim.Optimizer) -> Tensor | None:

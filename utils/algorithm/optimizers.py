@@ -27,9 +27,7 @@ def adamw_8bit_master(parameters: list[torch.nn.Parameter], **options: Any) -> t
     updates float32 weights, and takes them apart again. So no update is lost, nothing is random, and the numbers are
     those of float32 weights under AdamW8bit.
 
-    torchao rounds such updates at random, which needs no extra byte but adds noise of many times a small update.
-    torch-optimi's Kahan summation needs the same two bytes, but has moments of 16 bits only
-    (`play-scripts/bench/small_updates.py` compares them).
+    `play-scripts/bench/small_updates.py` compares it with torchao's and torch-optimi's ways.
     """
     base = _bitsandbytes().optim.AdamW8bit
 

@@ -34,7 +34,7 @@ from utils.algorithm.adapters import (
     save_adapter,
 )
 from utils.algorithm.four_bit import four_bit_options, n_weights
-from utils.algorithm.loss_scale import begin_loss_scale
+from utils.algorithm.loss_scale import fit_loss_scale
 from utils.algorithm.optimizers import OPTIMIZERS
 from utils.algorithm.packing import enable_packing
 from utils.notes import note
@@ -258,8 +258,7 @@ def build_optimizer(policy: torch.nn.Module, training: Training) -> torch.optim.
         "weight_decay": training.weight_decay,
     }
     optimizer = OPTIMIZERS[training.optimizer_name](trainable(policy), **options)
-    if training.autocast_dtype == "float16":
-        begin_loss_scale(optimizer)
+    fit_loss_scale(optimizer, training.autocast_dtype)
     return optimizer
 
 

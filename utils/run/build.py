@@ -14,7 +14,7 @@ from configs.defaults import DEFAULT_PROJECT, Config, Training
 from utils.adapter_files import is_own_reference, other_adapter
 from utils.algorithm.adapters import describe, has_adapter
 from utils.algorithm.head import find_head, head_of
-from utils.algorithm.loss_scale import begin_loss_scale
+from utils.algorithm.loss_scale import fit_loss_scale
 from utils.algorithm.losses import find_loss
 from utils.algorithm.optimizers import LOST_ABOVE, share_that_can_move
 from utils.algorithm.packing import is_packable
@@ -112,8 +112,7 @@ def assemble(
     state = TrainState(problem_stream=problem_stream.state_dict())
     if checkpoint is not None:
         state = checkpoints.load(checkpoint, optimizer)
-        if t.autocast_dtype == "float16":
-            begin_loss_scale(optimizer)  # unless one was saved
+        fit_loss_scale(optimizer, t.autocast_dtype)  # one may have been saved
         problem_stream.load_state_dict(state.problem_stream)
         watchers.load_state_dict(state.guard, state.advisor)
         if state.skipped_in_a_row >= t.max_nonfinite_steps:  # what ended the run; a resume is another try
