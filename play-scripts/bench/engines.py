@@ -124,7 +124,7 @@ def push_and_sleep(engine: RolloutEngine, policy: PreTrainedModel, level: int) -
 def row_of(engine: RolloutEngine, arguments: argparse.Namespace, count: int) -> dict[str, object]:
     """Seconds of the fastest of a few calls after one to warm up: what else the machine does only ever slows it."""
     prompts = [
-        Prompt(Problem("", ""), "", tuple((7 * i + 11 * j) % 200 for j in range(arguments.prompt_tokens)))
+        Prompt(Problem("", "0"), "", tuple((7 * i + 11 * j) % 200 for j in range(arguments.prompt_tokens)))
         for i in range(count // GROUP_SIZE)
     ]
     seconds = []

@@ -83,7 +83,7 @@ def random_batch(config: Config, longest_prompt: int, step: int, n_ids: int) -> 
     t, rng, rollouts = config.training, random.Random(step), []
     for i in range(t.rollout_batch_size // t.group_size):
         ids = tuple(rng.choices(range(n_ids), k=rng.randint(longest_prompt // 3, longest_prompt)))
-        prompt = Prompt(Problem("", ""), "", ids)
+        prompt = Prompt(Problem("", "0"), "", ids)
         for j in range(t.group_size):
             n = response_length(t.max_tokens, step, i, j)
             rollouts.append(Rollout(prompt, "", tuple(rng.choices(range(n_ids), k=n)), (-1.0,) * n, "stop"))

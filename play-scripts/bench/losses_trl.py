@@ -147,7 +147,7 @@ def our_batch(inputs: dict[str, Tensor], rewards: list[float], training: Trainin
             tuple(inputs[f"{part}_ids"][i][inputs[f"{part}_mask"][i].bool()].tolist())
             for part in ("prompt", "completion")
         )
-        rollouts.append(Rollout(Prompt(Problem("", ""), "", prompt), "", response, (-1.0,) * len(response), "stop"))
+        rollouts.append(Rollout(Prompt(Problem("", "0"), "", prompt), "", response, (-1.0,) * len(response), "stop"))
     raw = torch.tensor(rewards, dtype=torch.float64)
     return make_train_batch(rollouts, raw, compute_advantages(raw, training))
 

@@ -78,7 +78,7 @@ class Workload:
         if not args.shape:
             tokenizer = load_tokenizer(config.paths.model_path)
             self.prompts = [
-                Prompt(Problem(text, ""), text, tuple(tokenizer(text).input_ids))
+                Prompt(Problem(text, "0"), text, tuple(tokenizer(text).input_ids))
                 for text in prompt_texts(config, args.model)
             ]
             self.scorer = RewardScorer(t.reward_fn, t.extra_rewards, Grader())
@@ -120,7 +120,7 @@ class Workload:
         rng = random.Random(derive_seed(t.seed, "ids", step))
         rollouts = []
         for _ in range(t.rollout_batch_size // t.group_size):
-            prompt = Prompt(Problem("", ""), "", self.random_ids(rng, rng.randint(100, 300)))
+            prompt = Prompt(Problem("", "0"), "", self.random_ids(rng, rng.randint(100, 300)))
             for _ in range(t.group_size):
                 length = min(t.max_tokens, 1 + int(rng.gammavariate(3, self.args.response_tokens / 3)))
                 rollouts.append(Rollout(prompt, "", self.random_ids(rng, length), (-1.0,) * length, "stop"))
