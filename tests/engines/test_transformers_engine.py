@@ -9,6 +9,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +49,7 @@ from train_grpo import update_policy
 from utils.algorithm.batch import make_train_batch
 from utils.engines import build_engine, choose_engine
 from utils.engines.responses import ResponseReader
-from utils.engines.transformers_engine import TransformersEngine, sample_tokens
+from utils.engines.transformers_engine import TransformersEngine, first_above, sample_tokens
 from utils.log import progress
 
 
@@ -111,6 +112,22 @@ def test_sample_tokens_never_takes_the_impossible(
     likelier = masked > masked[0, ids.item()] + 1e-5  # by more than float32 probabilities are rounded
     mass_above = masked.softmax(-1)[likelier].sum().item()
     assert mass_above < top_p + 1e-5
+
+
+@given(
+    st.lists(st.sampled_from([0.0, 1e-30, 1e-7, 0.01, 0.3, 1.0]), min_size=1, max_size=40).filter(any),
+    st.one_of(st.sampled_from([0.0, 1 - 2**-53]), st.floats(0, 1, exclude_max=True)),
+    st.integers(1, 9),
+)
+@settings(max_examples=300, deadline=None)
+def test_first_above_is_the_plain_running_sum(probability: list[float], uniform: float, block: int) -> None:
+    """In exact fractions: the first token whose running sum is above uniform * sum, whatever the blocks are."""
+    exact = [Fraction(p) for p in torch.tensor(probability).tolist()]
+    found = first_above(torch.tensor([probability]), torch.tensor([uniform], dtype=torch.float64), block).item()
+    threshold, rounding = Fraction(uniform) * sum(exact), sum(exact) * Fraction(2) ** -48
+    assert exact[found] > 0
+    assert sum(exact[: found + 1]) > threshold - rounding
+    assert sum(exact[:found]) <= threshold + rounding
 
 
 def test_sample_tokens_keeps_the_nucleus_of_transformers() -> None:

@@ -180,11 +180,14 @@ def packed_attention(
     (B, 1, T, S) -> (B, T, heads, D), None.
 
     With `tokens_of` and `place_of` these are one row, B is 1, T and S are N, and `kernel` computes its sequences;
-    padded batches, as in sampling, go to `_sdpa`. torch's kernel knows no soft cap; those with one
-    go to `_eager`.
+    padded batches, as in sampling, go to `_sdpa`. torch's kernel knows no soft cap, and on the CPU it takes up to 50
+    times as long for one query per sequence where oneDNN makes the products: both go to `_eager`.
     """
     if tokens_of is None:
-        kernel = _sdpa if softcap is None else partial(_eager, softcap=softcap)
+        one_query = query.shape[2] == 1 and query.device.type == "cpu"
+        kernel = _eager if one_query else _sdpa
+        if softcap is not None:
+            kernel = partial(_eager, softcap=softcap)
         return kernel(module, query, key, value, attention_mask, scaling).contiguous(), None
     if softcap is not None:
         kernel = partial(_eager, softcap=softcap)

@@ -37,12 +37,28 @@ def sample_tokens(
         probability = ordered.exp()
         beyond = probability.cumsum(-1) - probability >= top_p  # the tokens before this one already hold top_p
         log_probs = log_probs.masked_fill(beyond.scatter(-1, order, beyond), -torch.inf).log_softmax(-1)
-    cumulative = log_probs.exp().double().cumsum(-1)
-    # float64, and strictly above: a token of probability 0 is never chosen, not even at the end of the vocabulary
-    thresholds = uniforms[:, None] * cumulative[:, -1:]
-    ids = torch.searchsorted(cumulative, thresholds, right=True)
-    ids = ids.clamp(max=logits.shape[-1] - 1)  # only where logits are NaN, which the log-probs then show
-    return ids[:, 0], log_probs.gather(-1, ids)[:, 0]
+    ids = first_above(log_probs.exp(), uniforms).clamp(max=logits.shape[-1] - 1)  # only where logits are NaN is it more
+    return ids, log_probs.gather(-1, ids[:, None])[:, 0]
+
+
+def first_above(probability: torch.Tensor, uniforms: torch.Tensor, block: int = 256) -> torch.Tensor:
+    """(B,) int64: the first token of each row whose cumulative probability is above `uniforms` times the row's sum.
+
+    `probability` (B, V) float32; sums are float64, and strictly above: a token of probability 0 is never chosen. The
+    running sum over a vocabulary is most of what sampling costs on a CPU, so it runs over blocks, and then over the
+    tokens of one.
+    """
+    n_rows, n_tokens = probability.shape
+    blocks = torch.nn.functional.pad(probability, (0, -n_tokens % block)).view(n_rows, -1, block)
+    ends = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
+    thresholds = uniforms[:, None] * ends[:, -1:]
+    chosen = torch.searchsorted(ends, thresholds, right=True).clamp(max=ends.shape[1] - 1)
+    before = torch.nn.functional.pad(ends, (1, 0)).gather(-1, chosen)
+    tokens = blocks[torch.arange(n_rows, device=chosen.device), chosen[:, 0]].double().cumsum(-1)
+    # the block's sum, rounded in another order, may end at or below the threshold
+    highest = torch.nextafter(tokens[:, -1:], torch.zeros_like(tokens[:, -1:]))
+    within = torch.searchsorted(tokens, torch.minimum(thresholds - before, highest), right=True)
+    return (chosen * block + within)[:, 0]
 
 
 class TransformersEngine:
