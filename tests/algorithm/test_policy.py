@@ -12,7 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedConfig, Qwen2Config, T5Config
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertLMHeadModel,
+    GPT2Config,
+    PreTrainedConfig,
+    Qwen2Config,
+    T5Config,
+)
 from update_cases import ON_POLICY, make_batch
 
 from configs.defaults import Training
@@ -186,6 +194,14 @@ def test_a_model_without_causal_head_is_refused_in_a_line(tmp_path: Path) -> Non
     with pytest.raises(ValueError, match=r"no head that predicts the next token; take a causal") as refused:
         load_policy(str(tmp_path), ON_POLICY)
     assert "\n" not in str(refused.value) and len(str(refused.value)) < 300
+
+
+def test_a_model_that_sees_the_future_is_refused(tmp_path: Path) -> None:
+    """transformers loads BERT as a causal language model, and its attention runs in both directions."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    BertLMHeadModel(BertConfig(vocab_size=40, **sizes)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"take a causal language model: it looks at the tokens that follow"):
+        load_policy(str(tmp_path), ON_POLICY)
 
 
 def test_a_tokenizer_without_end_token_is_refused_with_the_remedy(tiny_model_dir: Path, tmp_path: Path) -> None:

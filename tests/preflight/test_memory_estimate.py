@@ -161,6 +161,17 @@ def test_memory_of_the_head(dtype):
     pytest.fail(f"expected {expected} bytes, measured {measured}")
 
 
+def test_the_slope_of_capped_logits_is_counted():
+    """Float32, 128 tokens of 60,000 ids: log-softmax and slope, and the weight's gradient of 60,000 x 384."""
+    sizes = SMALL | {"vocab_size": 60_000, "hidden_size": 384}
+    config = make_config(log_prob_chunk_size=128, dtype="float32")
+    plain, capped = (
+        estimate_peak_memory(sizes | {"final_logit_softcapping": cap}, config, 200)["log_probs"] for cap in (None, 30.0)
+    )
+    assert plain == 4 * 128 * 60_000 + 4 * 60_000 * 384
+    assert capped == plain + 4 * 128 * 60_000
+
+
 def test_published_model_by_hand():
     """1,543,714,304 parameters: 3.09 GB in bfloat16, as much of gradients; two bytes and 1/32 each for 8-bit Adam."""
     parts = estimate_peak_memory(QWEN_1_5B, Config(), longest_sequence=1500, device_memory=24 * 2**30)

@@ -44,9 +44,11 @@ class Head:
             products.div_(self.cap).tanh_().mul_(self.cap)
         return products
 
-    def slope(self, logits: Tensor) -> Tensor | float:
-        """d logits / d products, from the logits: with a cap c, 1 - tanh^2 = 1 - (logits / c)^2."""
-        return self.scale if self.cap is None else (logits / self.cap).square_().neg_().add_(1.0).mul_(self.scale)
+    def slope_(self, logits: Tensor) -> Tensor:
+        """d logits / d products, in the place of the logits: with a cap c, scale (1 - tanh^2), tanh = logits / c."""
+        if self.cap is None:
+            return logits.fill_(self.scale)
+        return logits.div_(self.cap).square_().neg_().add_(1.0).mul_(self.scale)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

@@ -239,14 +239,14 @@ class _ChunkedHead(torch.autograd.Function):
                 log_softmax.sub_(log_normalizers[rows, None])
             slope = None
             if not ctx.head.is_plain:  # else it is 1
-                slope = ctx.head.slope((log_softmax + log_normalizers[rows, None]).mul_(ctx.temperature))
+                slope = ctx.head.slope_((log_softmax + log_normalizers[rows, None]).mul_(ctx.temperature))
             # d log p(label) / d logits = (onehot(label) - softmax) / temperature
             upstream = grad_log_probs[rows, None] / ctx.temperature
             softmax, label = log_softmax.exp_(), labels[rows, None]
             del log_softmax
             at_label = softmax.gather(-1, label).mul_(-upstream).add_(upstream)
             if slope is not None:
-                at_label.mul_(slope.gather(-1, label) if isinstance(slope, Tensor) else slope)
+                at_label.mul_(slope.gather(-1, label))
                 softmax.mul_(slope)
                 del slope
             grad_logits = _rounded_product(softmax, -upstream, dtype, on_cuda=softmax.is_cuda)

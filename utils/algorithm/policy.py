@@ -39,6 +39,8 @@ from utils.algorithm.optimizers import OPTIMIZERS
 from utils.algorithm.packing import enable_packing
 from utils.notes import note
 
+NO_CAUSAL_HEAD = "its model type has no head that predicts the next token; take a causal language model"
+
 
 def load_tokenizer(model_path: str) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer. Raises ValueError if it cannot be loaded."""
@@ -67,7 +69,10 @@ def load_policy(model_path: str, training: Training) -> PreTrainedModel:
     if training.device == "cpu":
         choose_cpu_products(training.use_onednn)
     policy = _load_weights(model_path, training)
-    policy.to(training.device).train()
+    policy.to(training.device)
+    if sees_the_future(policy):
+        raise ValueError(f"paths.model_path = {model_path!r}: {NO_CAUSAL_HEAD}: it looks at the tokens that follow")
+    policy.train()
     if training.use_gradient_checkpointing:
         policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if training.use_liger_kernel and training.device.startswith("cuda") and find_spec("liger_kernel") is not None:
@@ -112,6 +117,15 @@ def _load_weights(model_path: str, training: Training) -> PreTrainedModel:
     elif training.lora_rank is not None:
         add_adapter(policy, base, training)
     return policy
+
+
+@torch.no_grad()
+def sees_the_future(policy: PreTrainedModel) -> bool:
+    """Whether the last of four tokens changes what the model makes of the first three, as in BERT, which transformers
+    loads with a head for text generation."""
+    ids = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]], device=policy.device)
+    one, other = policy.eval()(input_ids=ids, use_cache=False).logits[:, :3].double()
+    return bool((one - other).norm() > 10 * torch.finfo(policy.dtype).eps * one.norm())
 
 
 def load_reference(model_path: str, policy: PreTrainedModel, training: Training) -> PreTrainedModel:
@@ -281,5 +295,5 @@ def _one_line(error: Exception) -> str:
     if "trust_remote_code" in str(error):  # it advises to run the code
         return "it needs code of its own, which is never run; take a model that transformers knows without it"
     if "Unrecognized configuration class" in str(error):  # it lists every known class
-        return "its model type has no head that predicts the next token; take a causal language model"
+        return NO_CAUSAL_HEAD
     return textwrap.shorten(str(error), width=300, placeholder=" ...")

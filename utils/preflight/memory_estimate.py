@@ -178,7 +178,9 @@ def _sizes(model_config: dict[str, Any]) -> dict[str, int]:
     sizes = {short: text_config[name] for short, name in NAMES.items()}
     head_dim = text_config.get("head_dim") or sizes["hidden"] // sizes["heads"]
     kv_heads = text_config.get("num_key_value_heads") or sizes["heads"]
-    return sizes | {"q": sizes["heads"] * head_dim, "kv": kv_heads * head_dim}
+    changed = [text_config.get(name) for name in ("final_logit_softcapping", "logit_scale", "logits_scaling")]
+    has_slope = int(any(value not in (None, 1) for value in changed))  # logits are more than a matrix product
+    return sizes | {"q": sizes["heads"] * head_dim, "kv": kv_heads * head_dim, "has_slope": has_slope}
 
 
 def _activations(
@@ -254,8 +256,9 @@ def _log_probs(sizes: dict[str, int], config: Config, n_response_tokens: int) ->
     if config.training.head_dtype is not None and bytes_each == 2:
         # the gradient of the logits in float32 and in two halves, that of the weight and what a chunk adds to it
         return max(forward, 8 * logits + (8 * sizes["vocabulary"] * sizes["hidden"] if is_trained else 0))
-    # log-softmax in float32, its gradient in the weight's dtype (in place for float32), the gradient of the weight
-    backward = (4 + bytes_each % 4) * logits
+    # log-softmax in float32; the slope of a cap, or later its gradient in the weight's dtype (in place for float32);
+    # the gradient of the weight
+    backward = (8 if sizes["has_slope"] else 4 + bytes_each % 4) * logits
     if is_trained:
         backward += bytes_each * sizes["vocabulary"] * sizes["hidden"]
     return max(forward, backward)
