@@ -1,7 +1,7 @@
 """Run folders of configs, one run per file and seed, and write a report of each folder.
 
     python play-scripts/run_ablations.py configs/lr_sweep --overlay configs/hardware/h100.yaml --seeds 3
-    python play-scripts/run_ablations.py configs/tiny --seeds 3 --jobs 2
+    python play-scripts/run_ablations.py configs/tiny --seeds 5 --jobs 2
     python play-scripts/run_ablations.py configs/lr_sweep --on modal --overlay configs/hardware/h100.yaml
     python play-scripts/run_ablations.py configs/tiny --redraw     from results/*/metrics.csv, with no run folder
 
@@ -13,6 +13,10 @@ are run once and copied. Ctrl-C ends the runs after the work at hand and a save;
 where runs run: on this machine, on a Ray cluster or on Modal (docs/elsewhere.md). If a folder holds folders of configs,
 all of those are run. Reports of your own folders are not listed in <results>/README.md, which is for the ablations of
 this repository.
+
+The folders in configs/tiny have five seeds if --seeds does not say otherwise. --more-seeds 8, which is theirs from five
+seeds on, adds seeds up to 8 to both settings of a claim whose difference the first seeds leave between one and three
+standard errors, or do not tell from 0. The first seeds alone decide on that, so that the same command goes on.
 
 Exit status: 0 every run has ended, perhaps collapsed; 1 some have not; 2 a mistake in the command; 4 stopped.
 """
@@ -26,7 +30,8 @@ import shlex
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from types import FrameType
@@ -38,14 +43,17 @@ from rich.table import Table
 
 from utils.ablations.estimate import estimate, used
 from utils.ablations.jobs import ENDED, Job, check_place, copy, find_topics, finish, plan, progress_of, start
+from utils.ablations.more_seeds import at_most, further
 from utils.ablations.places import find_place
 from utils.ablations.places.place import Place
-from utils.ablations.report import command_of, write_report, write_top_page
+from utils.ablations.report import command_of, write_report
+from utils.ablations.top_page import write_top_page
 from utils.plots.summary import format_time
 from utils.run.ending import SignalHandler, Status
 
 POLL_SECONDS = 0.1
 FRAME = 7  # lines of the table that are no rows: borders, header, captions
+TINY_SEEDS, TINY_MORE_SEEDS = 5, 8  # where only folders of configs/tiny are run
 STYLES = {"failed": "red", "cut_off": "red", "collapsed": "yellow", "running": "dim"}
 
 
@@ -149,14 +157,17 @@ def report(options: argparse.Namespace, topics: dict[str, Path], console: Consol
         for complaint in complaints:
             print(complaint, file=sys.stderr)
     try:
-        write_top_page(Path(options.results))
+        complaints = write_top_page(Path(options.results))
     except ValueError as error:
-        print(error, file=sys.stderr)
+        complaints = [str(error)]
+    for complaint in complaints:
+        print(complaint, file=sys.stderr)
 
 
 def command_for(options: argparse.Namespace, folder: Path) -> str:
     """The command that runs one of the folders as it was run."""
     words = ["python", "play-scripts/run_ablations.py", os.path.relpath(folder), "--seeds", str(options.seeds)]
+    words += ["--more-seeds", str(options.more_seeds)] if options.more_seeds > options.seeds else []
     for overlay in options.overlay:
         words += ["--overlay", overlay]
     words += ["--on", options.on] if options.on != "local" else []
@@ -168,7 +179,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("words", nargs="+", metavar="FOLDER", help="folder of configs, or of such folders; then section.field=value")
-    add("--seeds", type=int, default=1, metavar="N", help="seeds per config, counted up from its own (1)")
+    add("--seeds", type=int, metavar="N", help="seeds per config, counted up from its own (1; of configs/tiny 5)")
+    add("--more-seeds", type=int, metavar="N", help="seeds where a claim is unclear (configs/tiny: 8; else no more)")
     add("--overlay", action="append", default=[], metavar="FILE", help="YAML file that wins over the configs")
     add("--on", default="local", metavar="PLACE", help="local, ray, ray:ADDRESS or modal (local)")
     add("--jobs", type=int, metavar="N", help="runs at once (local 1; elsewhere as many as the place takes)")
@@ -183,18 +195,52 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.overrides = [word for word in options.words if "=" in word]
     if not options.folders:
         parser.error("no folder of configs given")
-    for name, least in (("seeds", 1), ("jobs", 1), ("retries", 0)):
+    for name, least in (("seeds", 1), ("more_seeds", 1), ("jobs", 1), ("retries", 0)):
         value = getattr(options, name)
         if value is not None and value < least:
-            parser.error(f"--{name} {value}: at least {least}")
+            parser.error(f"--{name.replace('_', '-')} {value}: at least {least}")
     return options
 
 
-def say_what_is_ahead(jobs: Sequence[Job], at_once: int, console: Console) -> None:
+def choose_seeds(options: argparse.Namespace, topics: Iterable[str]) -> None:
+    """Fill in the seeds that the command leaves open. Raises ValueError if --more-seeds are fewer than --seeds."""
+    is_tiny = all(topic.startswith("tiny/") for topic in topics)
+    options.seeds = options.seeds or (TINY_SEEDS if is_tiny else 1)
+    if options.more_seeds is None:
+        more = is_tiny and TINY_SEEDS <= options.seeds < TINY_MORE_SEEDS
+        options.more_seeds = TINY_MORE_SEEDS if more else options.seeds
+    elif options.more_seeds < options.seeds:
+        raise ValueError(f"--more-seeds {options.more_seeds}: at least --seeds, which is {options.seeds}")
+    elif options.seeds < 2 and options.more_seeds > options.seeds:
+        raise ValueError("--more-seeds: a difference has a standard error from two seeds on; give --seeds 2 or more")
+
+
+def say_what_is_ahead(jobs: Sequence[Job], at_once: int, options: argparse.Namespace, console: Console) -> None:
     n_ended = sum(job.state in ENDED for job in jobs)
     ended = f"{n_ended} of {len(jobs)} runs have ended already" if n_ended else None
-    for line in filter(None, (ended, estimate(jobs, at_once))):
+    for line in filter(None, (ended, estimate(jobs, at_once, Path(options.results)))):
         console.print(escape(line), soft_wrap=True)
+
+
+def add_seeds(
+    first: Sequence[Job],
+    planned: Callable[..., list[Job]],
+    place: Place,
+    options: argparse.Namespace,
+    stop: Stop,
+    console: Console,
+) -> list[Job]:
+    """Run further seeds of the settings that the first seeds leave unclear; returns all jobs."""
+    wanted, lines = further(first, options.more_seeds)
+    for line in lines:
+        console.print(escape(line), soft_wrap=True)
+    jobs = planned(options.seeds, more=wanted, earlier=first)
+    added = [job for job in jobs if job not in first]
+    if lines:
+        at_once = options.jobs or place.at_once([job.launch for job in added if job.state == "waiting"])
+        say_what_is_ahead(added, at_once, options, console)
+        run_all(added, place, at_once, options.retries, stop, console)
+    return jobs
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -203,21 +249,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with contextlib.ExitStack() as leaving:
         try:
             topics = find_topics(options.folders)
+            choose_seeds(options, topics)
             if options.report_only or options.redraw:
                 report(options, topics, console)
                 return Status.FINISHED
-            jobs = plan(topics, options.seeds, options.overlay, options.overrides, Path(options.runs))
+            planned = partial(
+                plan, topics, overlays=options.overlay, overrides=options.overrides, runs=Path(options.runs)
+            )
+            jobs = planned(options.seeds)
             place = leaving.enter_context(contextlib.closing(find_place(options.on)))
             at_once = options.jobs or place.at_once([job.launch for job in jobs if job.state == "waiting"])
-            say_what_is_ahead(jobs, at_once, console)
+            say_what_is_ahead(jobs, at_once, options, console)
+            most = planned(options.more_seeds)
+            if line := estimate(at_most(jobs, most), at_once, Path(options.results)):
+                text = f"then {options.more_seeds} seeds of both settings of a claim that these leave unclear; for all"
+                console.print(escape(f"{text}, {line}"), soft_wrap=True)
             if options.estimate:
                 return Status.FINISHED
-            check_place(jobs, place)
+            check_place(most, place)
         except ValueError as mistake:
             print(f"error: {mistake}", file=sys.stderr)
             return Status.USER_MISTAKE
         with Stop() as stop:
             run_all(jobs, place, at_once, options.retries, stop, console)
+            if options.more_seeds > options.seeds and not stop.count:
+                jobs = add_seeds(jobs, planned, place, options, stop, console)
     if (spent := used(jobs)) is not None:
         console.print(spent, soft_wrap=True)
     if stop.count:

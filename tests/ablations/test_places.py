@@ -436,15 +436,16 @@ def test_estimate_by_hand(here: Path) -> None:
     add(here, "finishes", "mistake")
     jobs = jobs_of()
     assert estimate(jobs, 1).startswith("estimate: 2 runs with 8 GRPO steps, 0.2 hours")
+    assert "give elsewhere.seconds_per_step" in estimate(jobs_of("elsewhere.seconds_per_step=null"), 1)
     jobs[0].folder.mkdir(parents=True)
     rows = [{"grpo_step": i, "time": 3600.0 * i} for i in (1, 2)]
     (jobs[0].folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     # two steps left at an hour each, and four of 90 s; the longest run alone takes two hours
     line = estimate(jobs, 2)
     assert all(word in line for word in ("2 runs with 6 GRPO steps, 2.1 hours", "$8.40", "2.0 h with 2 at once"))
-    assert "1 by the pace of runs so far, the others by elsewhere.seconds_per_step" in line
-    unknown = estimate(jobs_of("elsewhere.seconds_per_step=null"), 1)
-    assert "give elsewhere.seconds_per_step" in unknown
+    assert "1 by the pace of runs so far, 1 by elsewhere.seconds_per_step" in line
+    # an hour each for the four steps of which nothing else tells
+    assert "6 GRPO steps, 6.0 hours" in estimate(jobs_of("elsewhere.seconds_per_step=null"), 1)
     assert "$" not in estimate(jobs_of("elsewhere.price_per_hour=null"), 1)
     for job in jobs:
         job.state = "finished"

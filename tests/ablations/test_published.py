@@ -28,6 +28,7 @@ def test_every_ablation_has_an_entry_short_configs_and_claims_about_its_own_runs
         assert load_config([path]).paths.output_dir == f"runs/{topic}/{path.stem}"
     assert is_shipped(topic)
     ablation = find_ablation(topic)
+    assert 0 < len(ablation.short) <= 100
     mentioned = {claim.run for claim in ablation.claims} | {claim.other for claim in ablation.claims if claim.other}
     if topic != "clip_ablation":  # its on-policy pair is in the tiny suite alone
         assert mentioned <= names

@@ -373,6 +373,8 @@ def test_topics(tmp_path: Path) -> None:
         (["{world}/empty"], ("empty", "*.yaml")),
         (["{world}/configs/a", "--seeds", "0"], ("--seeds 0", "at least 1")),
         (["{world}/configs/a", "--jobs", "0"], ("--jobs 0", "at least 1")),
+        (["{world}/configs/a", "--seeds", "3", "--more-seeds", "2"], ("--more-seeds 2", "--seeds, which is 3")),
+        (["{world}/configs/a", "--more-seeds", "2"], ("--more-seeds", "--seeds 2")),
         (["{world}/configs/a", "--overlay", "none.yaml"], ("none.yaml", "no such")),
         (["{world}/configs/a", "training.sede=1"], ("training.sede", "training.seed'")),
         (["{world}/configs/a", "training.group_size=3"], ("group", "divide")),

@@ -7,9 +7,10 @@ import json
 import shutil
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
 from configs.defaults import Config
 from utils.ablations.places.place import CALL_FILE, Ending, Launch, Place, Work
@@ -106,34 +107,63 @@ def topic_of(folder: Path) -> str:
 
 
 def plan(
-    topics: dict[str, Path], n_seeds: int, overlays: Sequence[str], overrides: Sequence[str], runs: Path
+    topics: dict[str, Path],
+    n_seeds: int,
+    overlays: Sequence[str],
+    overrides: Sequence[str],
+    runs: Path,
+    *,
+    more: Mapping[str, int] = MappingProxyType({}),
+    earlier: Sequence[Job] = (),
 ) -> list[Job]:
-    """All runs asked for, the first seed of every setting before the second ones. Raises ValueError for a mistake."""
+    """All runs asked for, the first seed of every setting before the second ones. Raises ValueError for a mistake.
+
+    `more` has the number of seeds of settings (topic/name) that get others than `n_seeds`. Jobs in `earlier`, of an
+    earlier plan, stay as they are.
+    """
     overrides = ["guard.action=stop", *overrides]
     settings = []
     for topic, folder in topics.items():
         for path in sorted(folder.glob("*.yaml")):
             files = [path, *overlays]
-            settings.append((topic, path, load_config_and_origins(files, overrides), files))
+            settings.append((topic, files, load_config_and_origins(files, overrides)))
+    known = {job.folder: job for job in earlier}
     jobs: list[Job] = []
     first: dict[str, Job] = {}
-    for i in range(n_seeds):
-        for topic, path, (config, origins), files in settings:
-            seed = config.training.seed + i
-            output = str(runs / topic / path.stem / f"seed_{seed}")
-            seeded = replace(
-                config, training=replace(config.training, seed=seed), paths=replace(config.paths, output_dir=output)
-            )
-            own = [f"training.seed={seed}", f"paths.output_dir={output}"]
-            set_fields = tuple(dict.fromkeys([*origins, "training.seed", "paths.output_dir"]))
-            arguments = [*(f"--config={file}" for file in files), *overrides, *own]
-            job = Job(topic, path, seeded, arguments, set_fields)
-            job.state = standing(job)
-            original = first.setdefault(identity(seeded), job)
-            if job.state == "waiting" and original is not job and not (job.folder / METRICS_FILE).exists():
-                job.same_as = original
+    for i in range(max([n_seeds, *more.values()])):
+        for topic, files, (config, origins) in settings:
+            if i >= more.get(f"{topic}/{files[0].stem}", n_seeds):
+                continue
+            job = seeded(topic, files, config, origins, overrides, runs, i)
+            job = known.get(job.folder, job)
+            original = first.setdefault(identity(job.config), job)
+            if job.folder not in known:
+                job.state = standing(job)
+                if job.state == "waiting" and original is not job and not (job.folder / METRICS_FILE).exists():
+                    job.same_as = original
             jobs.append(job)
     return jobs
+
+
+def seeded(
+    topic: str,
+    files: Sequence[str | Path],
+    config: Config,
+    origins: Mapping[str, str],
+    overrides: Sequence[str],
+    runs: Path,
+    i: int,
+) -> Job:
+    """The i-th seed of a setting, whose own config file is the first of `files`."""
+    seed, path = config.training.seed + i, Path(files[0])
+    output = str(runs / topic / path.stem / f"seed_{seed}")
+    with_seed = replace(
+        config, training=replace(config.training, seed=seed), paths=replace(config.paths, output_dir=output)
+    )
+    own = [f"training.seed={seed}", f"paths.output_dir={output}"]
+    set_fields = tuple(dict.fromkeys([*origins, "training.seed", "paths.output_dir"]))
+    arguments = [*(f"--config={file}" for file in files), *overrides, *own]
+    return Job(topic, path, with_seed, arguments, set_fields)
 
 
 def check_place(jobs: Sequence[Job], place: Place) -> None:

@@ -34,6 +34,7 @@ class Ablation:
     prepare: tuple[str, ...] = ()
     note: str = ""
     source: str = ""  # of `published`; empty: SOURCE
+    short: str = ""  # `published` in a few words, or what was expected, for the table of all ablations
 
 
 def load_published(path: Path) -> tuple[str, dict[str, Ablation]]:
