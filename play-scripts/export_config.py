@@ -8,8 +8,8 @@ The YAML goes to --output, or is printed. For TRL it holds the arguments of GRPO
 its own defaults, with which it composes. Its comments say how to start it.
 
 Every field of the config is translated, or has no counterpart, or is not needed there. What has no counterpart, and
-where the other trainer differs, is printed on stderr and stands as comments at the end of the YAML: read both before you
-compare runs. Data, prompt template and reward function are code and files, and never in the YAML.
+where the other trainer differs, is printed on stderr and stands as comments at the end of the YAML: read both before
+you compare runs. Data, prompt template and reward function are code and files, and never in the YAML.
 
 Written for TRL 1.16 and verl 0.9; neither has to be installed. Exit status 2 for a mistake in the command or config.
 """

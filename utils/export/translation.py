@@ -13,8 +13,9 @@ from configs.defaults import Config
 from utils.preflight.config_rules import fields
 
 WIDTH = 116
+# Fields of the section `training` whose feature is off if they are null, false, 0 or empty.
 OFF_IF_EMPTY = """dual_clip negative_mask retire_pass_rate overlong_buffer max_hours sampler_correction head_dtype
-    wandb_tags extra_rewards lora_rank load_in_4bit refill_groups mask_truncated max_tokens_per_microbatch"""  # fields of the section `training`
+    wandb_tags extra_rewards lora_rank load_in_4bit refill_groups mask_truncated max_tokens_per_microbatch"""
 
 
 @dataclass

@@ -164,8 +164,10 @@ def _vllm(to: Translation) -> None:
         to.lack("vllm.gpu_memory_utilization", "it is not derived from the card; GRPOConfig's own default is 0.3")
     else:
         to.translate("vllm.gpu_memory_utilization", {"vllm_gpu_memory_utilization": knobs.gpu_memory_utilization})
-    length = {} if knobs.max_model_len is None else {"vllm_max_model_length": knobs.max_model_len}
-    to.translate("vllm.max_model_len", length, "" if length else "null is the model's whole context")
+    if knobs.max_model_len is None:
+        to.skip("vllm.max_model_len", "it is null, which there is the model's whole context")
+    else:
+        to.translate("vllm.max_model_len", {"vllm_max_model_length": knobs.max_model_len})
     if knobs.dtype == t.dtype:
         to.skip("vllm.dtype", "vLLM computes in the policy's dtype")
     else:

@@ -88,9 +88,6 @@ def _advantages(to: Translation) -> None:
         to.lack("advantage", "the group's mean is subtracted, and nothing divides by it")
     elif t.loss_type != "no_baseline":
         to.translate("advantage", {"algorithm.adv_estimator": estimator})
-    if estimator == "rloo" and t.use_std_normalization:
-        to.lack("use_std_normalization std_scope advantage_eps", "its rloo never divides by a deviation")
-        return
     divides = {"algorithm.norm_adv_by_std_in_grpo": t.use_std_normalization}
     to.translate("use_std_normalization", divides)
     if t.std_scope == "batch":
