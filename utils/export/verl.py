@@ -70,9 +70,8 @@ def _inputs(to: Translation) -> None:
         "penalty_factor",
     )
     if t.refill_groups:
-        to.translate(
-            "refill_groups", {"algorithm.filter_groups.enable": True, "algorithm.filter_groups.metric": "reward"}
-        )
+        groups = {"algorithm.filter_groups.enable": True, "algorithm.filter_groups.metric": "reward"}
+        to.translate("refill_groups", groups, "groups whose rewards are all equal are replaced")
         to.translate("max_generation_rounds", {"algorithm.filter_groups.max_num_gen_batches": t.max_generation_rounds})
 
 
@@ -128,7 +127,9 @@ def _precision(to: Translation) -> None:
     to.translate("attention_type", {f"{MODEL}.override_config": {"attn_implementation": t.attention_type}})
     to.lack("load_in_4bit", "the frozen weights keep their dtype")
     if t.lora_rank is not None:
-        to.translate("lora_rank", {f"{MODEL}.lora_rank": t.lora_rank})
+        # an adapter is pushed alone, so vLLM has to have read the base
+        read = {f"{ROLLOUT}.load_format": "safetensors"}
+        to.translate("lora_rank", {f"{MODEL}.lora_rank": t.lora_rank} | read)
         to.translate("lora_alpha", {f"{MODEL}.lora_alpha": t.lora_alpha})
         matrices = "all-linear" if t.lora_target == "all-linear" else ["q_proj", "k_proj", "v_proj", "o_proj"]
         to.translate("lora_target", {f"{MODEL}.target_modules": matrices})
