@@ -343,7 +343,9 @@ class Training:
         True, "measure and log the peak memory of each phase of a step", heading="Memory and speed"
     )
     use_gradient_checkpointing: bool = option(True, "save memory by computing activations again in the backward pass")
-    use_vllm_sleep_mode: bool = option(True, "let vLLM free its GPU memory while the policy trains")
+    use_vllm_sleep_mode: bool = option(
+        True, "let vLLM free its GPU memory while the policy trains; off if it has a GPU of its own (vllm.device)"
+    )
     use_bnb_adamw8bit: bool = option(
         True, "if optimizer is null: use the 8-bit AdamW of bitsandbytes instead of torch's fused AdamW"
     )
@@ -381,6 +383,11 @@ class Training:
 class Vllm:
     """The vLLM engine. The transformers engine reads none of these fields."""
 
+    device: str | None = option(
+        None,
+        "a GPU of vLLM's own, which then keeps its memory and never sleeps: cuda:0, with training.device=cuda:1; null "
+        "is the policy's GPU",
+    )
     gpu_memory_utilization: float | None = option(
         0.2,
         "share of the GPU's memory that vLLM may use; null, or set nowhere, derives it from the card",
@@ -465,3 +472,8 @@ class Config:
     grader: Grader = field(default_factory=Grader)
     guard: Guard = field(default_factory=Guard)
     elsewhere: Elsewhere = field(default_factory=Elsewhere)
+
+    @property
+    def vllm_sleeps(self) -> bool:
+        """Whether vLLM is asked to free its memory while the policy trains: not on a GPU of its own."""
+        return self.training.use_vllm_sleep_mode and self.vllm.device is None

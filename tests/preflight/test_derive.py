@@ -93,7 +93,7 @@ def test_a_recipe_that_counts_its_microbatches_keeps_them(path: Path) -> None:
 @pytest.fixture
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A model's config.json, data, and a card of 24 GB."""
-    monkeypatch.setattr(machine, "_ask_driver", lambda: (SMALL.total, SMALL.free))
+    monkeypatch.setattr(machine, "_ask_driver", lambda _index: (SMALL.total, SMALL.free))
     monkeypatch.setattr("utils.engines.installed_vllm", lambda: "vllm")
     (tmp_path / "model").mkdir()
     (tmp_path / "model/config.json").write_text(json.dumps(QWEN_1_5B))
@@ -123,13 +123,13 @@ def test_a_resumed_run_keeps_what_was_derived_if_it_still_fits(
     (tmp_path / "run").mkdir()
     save_config(fitted, tmp_path / "run/config.yaml")
     assert load_config([tmp_path / "run/config.yaml"]) == fitted
-    monkeypatch.setattr(machine, "_ask_driver", lambda: (SMALL.total, SMALL.free - 10**9))
+    monkeypatch.setattr(machine, "_ask_driver", lambda _index: (SMALL.total, SMALL.free - 10**9))
     assert fit_to_card(config, origins)[0] != fitted
     again, lines = fit_to_card(config, origins, resume=True)
     assert again == fitted and all("as the run began" in line for line in lines)
     changed, set_now = load_config_and_origins([], [*world, "training.gradient_accumulation_steps=64"])
     assert fit_to_card(changed, set_now, resume=True)[0].training.max_tokens_per_microbatch is None
-    monkeypatch.setattr(machine, "_ask_driver", lambda: (14 * 10**9, 14 * 10**9))
+    monkeypatch.setattr(machine, "_ask_driver", lambda _index: (14 * 10**9, 14 * 10**9))
     smaller, _ = fit_to_card(config, origins, resume=True)
     assert smaller.training.max_tokens_per_microbatch < fitted.training.max_tokens_per_microbatch
 

@@ -102,7 +102,7 @@ def test_memory_is_compared_with_this_machines(config: Config, monkeypatch) -> N
     assert "DOES NOT FIT" in text["worth knowing"] and "lower" in text["worth knowing"]
     assert "DOES NOT FIT" in text["peak memory, estimated"]
     config.training.device = "cuda:0"
-    monkeypatch.setattr(dry_run, "gpu_memory", lambda: None)
+    monkeypatch.setattr(dry_run, "gpu_memory", lambda _device: None)
     assert "assumed" in sections_of(describe_run(config))["peak memory, estimated"]
 
 

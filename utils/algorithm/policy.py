@@ -68,6 +68,8 @@ def load_policy(model_path: str, training: Training) -> PreTrainedModel:
         torch.set_num_threads(training.cpu_threads)
     if training.device == "cpu":
         choose_cpu_products(training.use_onednn)
+    elif training.device.startswith("cuda"):  # Triton's kernels run on the current card, whichever their tensors are on
+        torch.cuda.set_device(training.device)
     policy = _load_weights(model_path, training)
     policy.to(training.device)
     if sees_the_future(policy):

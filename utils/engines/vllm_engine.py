@@ -1,4 +1,4 @@
-"""Rollouts by vLLM inside the training process: on the policy's own GPU, asleep while the policy trains."""
+"""Rollouts by vLLM inside the training process: on the policy's GPU, asleep while the policy trains, or on its own."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vllm.outputs import CompletionOutput
 from configs.defaults import Config
 from utils.algorithm.policy import checkpoint_name, full_weights
 from utils.engines.responses import ResponseReader, check_rollouts, end_ids_of
-from utils.engines.vllm_start import GB, compilation, free_gpu_bytes, give_memory_back, start_vllm
+from utils.engines.vllm_start import GB, compilation, free_gpu_bytes, give_memory_back, on_its_card, start_vllm
 from utils.log.progress import progress_bar
 from utils.records import Prompt, Rollout, Sampling
 from utils.seeding import preserved_random_state
@@ -37,18 +37,19 @@ class VllmEngine:
         sampling: Sampling,
         longest_prompt: int,
     ):
-        self.sampling = sampling
-        self._device, self._dtype = config.training.device, getattr(torch, config.vllm.dtype)
+        self.sampling, self._config = sampling, config
+        self._dtype = getattr(torch, config.vllm.dtype)
         self.reader = ResponseReader(tokenizer, sampling, end_ids_of(policy, tokenizer))
         self._vocabulary_size = min(len(tokenizer), policy.config.vocab_size)
-        self._sleep_level = config.vllm.sleep_level if config.training.use_vllm_sleep_mode else None
+        self._sleep_level = config.vllm.sleep_level if config.vllm_sleeps else None
         if self._sleep_level is not None and config.training.device == "cpu":
             logger.warning("vLLM can't sleep on the CPU: training.use_vllm_sleep_mode has no effect")
             self._sleep_level = None
         self._asleep, self._warned_of_sleep = False, False
-        free_before = free_gpu_bytes()
-        self._llm = start_vllm(config, policy, self._vocabulary_size, longest_prompt)
-        self._bytes_at_start = free_before - free_gpu_bytes()
+        with on_its_card(config):
+            free_before = free_gpu_bytes()
+            self._llm = start_vllm(config, policy, self._vocabulary_size, longest_prompt)
+            self._bytes_at_start = free_before - free_gpu_bytes()
         check_same_tokenizer(tokenizer, self._llm.get_tokenizer(), self._vocabulary_size)
 
     def generate(
@@ -71,7 +72,13 @@ class VllmEngine:
         requests = [{"prompt_token_ids": list(prompt.token_ids)} for prompt in prompts]
         params = [self._sampling_params(n // copies, seed + i * n, temperature) for i in range(len(prompts))]
         engine, finished = self._llm.llm_engine, []
-        with preserved_random_state(), compilation(self._device), progress_bar(label, len(prompts) * n) as advance:
+        device, n_in_all = self._config.training.device, len(prompts) * n
+        with (
+            on_its_card(self._config),
+            preserved_random_state(),
+            compilation(device),
+            progress_bar(label, n_in_all) as advance,
+        ):
             request_ids = self._llm.enqueue(requests, params, use_tqdm=False)
             # Beside each log-prob vLLM would put its token as text, a quarter of the whole time with a small model.
             for state in engine.output_processor.request_states.values():
@@ -98,18 +105,20 @@ class VllmEngine:
         Waking has two phases, so that the cache's memory is still free while weights are loaded layer by layer.
         """
         assert self._llm is not None, "the engine is closed"
-        if self._asleep:
-            free_gpu_bytes()  # what the trainer's allocator only caches must be there for vLLM
-            self._llm.wake_up(tags=["weights"])
         pushed: dict[int | str, int] = {}
-        weights = counted(weights_for_vllm(policy, self._vocabulary_size, self._dtype), policy, pushed)
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
-        # Cached keys and values of a prompt's beginning are the old weights' work.
-        if not self._llm.reset_prefix_cache():
-            raise RuntimeError("vLLM kept its prefix cache after a weight push: a request is still running")
-        if self._asleep:
-            self._llm.wake_up(tags=["kv_cache"])
-            self._asleep = False
+        with on_its_card(self._config):
+            if self._asleep:
+                free_gpu_bytes()  # what the trainer's allocator only caches must be there for vLLM
+                self._llm.wake_up(tags=["weights"])
+            # tensors of the policy's card are copied into those of vLLM's, which is the same card or another one
+            weights = counted(weights_for_vllm(policy, self._vocabulary_size, self._dtype), policy, pushed)
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+            # Cached keys and values of a prompt's beginning are the old weights' work.
+            if not self._llm.reset_prefix_cache():
+                raise RuntimeError("vLLM kept its prefix cache after a weight push: a request is still running")
+            if self._asleep:
+                self._llm.wake_up(tags=["kv_cache"])
+                self._asleep = False
         return {"push_gb": sum(pushed.values()) / GB}
 
     def sleep(self) -> dict[str, float]:
@@ -142,9 +151,10 @@ class VllmEngine:
                 self._llm.wake_up()
             except RuntimeError as error:  # out of memory, say: the process ends anyway
                 logger.warning("vLLM could not be woken to end it: %s", error)
-        self._llm.llm_engine.engine_core.shutdown()
-        self._llm = None
-        give_memory_back()
+        with on_its_card(self._config):
+            self._llm.llm_engine.engine_core.shutdown()
+            self._llm = None
+            give_memory_back()
 
     def _sampling_params(self, n: int, seed: int, temperature: float) -> SamplingParams:
         """Response j of the request is sampled with seed + j."""

@@ -181,7 +181,23 @@ def give_memory_back() -> None:
         torch.cuda.empty_cache()
 
 
-# What only CUDA has: memory shared with the policy, and sleep.
+# What only CUDA has: memory shared with the policy, or a card of its own, and sleep.
+
+
+@contextlib.contextmanager
+def on_its_card(config: Config) -> Iterator[None]:
+    """Make the first GPU, which vLLM runs on, the current one, whichever the policy trains on; nothing on the CPU.
+
+    vLLM's kernels and streams are those of the current card. On a card of its own it is waited for, as the trainer's
+    clock waits for the policy's card alone.
+    """
+    if config.training.device == "cpu":
+        yield
+        return
+    with torch.cuda.device(0):
+        yield
+        if config.vllm.device is not None:
+            torch.cuda.synchronize()
 
 
 def device_options(config: Config, max_model_len: int) -> dict[str, Any]:
@@ -195,17 +211,12 @@ def device_options(config: Config, max_model_len: int) -> dict[str, Any]:
         }
     return {
         "gpu_memory_utilization": config.vllm.gpu_memory_utilization,
-        "enable_sleep_mode": config.training.use_vllm_sleep_mode,
+        "enable_sleep_mode": config.vllm_sleeps,
     }
 
 
 def check_gpu_memory(config: Config, policy: PreTrainedModel, cache: int) -> None:
     """Raise ValueError if the weights and one sequence's cache (bytes) can't fit into vLLM's share of the GPU."""
-    if torch.device(config.training.device).index not in (None, 0):
-        raise ValueError(
-            f"training.device={config.training.device}: vLLM runs on the first GPU that the process sees; set"
-            f" training.device=cuda:0 and choose the GPU with CUDA_VISIBLE_DEVICES"
-        )
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info()
     utilization = config.vllm.gpu_memory_utilization

@@ -79,7 +79,7 @@ METRICS: dict[str, str] = {
     "train/eval_dt": "seconds in the evaluation; written in the evaluation's row",
     "train/step_dt": "seconds in the step, without evaluation",
     "train/tokens_per_second": "response tokens sampled per second of `train/step_dt`",
-    "train/peak_memory_gb": "peak memory in the step, GB: of the GPU, or of this process if it trains on the CPU",
+    "train/peak_memory_gb": "peak memory in the step, GB: of the policy's GPU, or of this process on the CPU",
     "train/rollout_peak_memory_gb": "peak memory while generating, GB",
     "train/grading_peak_memory_gb": "peak memory while scoring, GB",
     "train/train_peak_memory_gb": "peak memory in the inner loop, GB",

@@ -18,6 +18,7 @@ from utils.preflight.loss_rules import (
     loss_rules,
     shaping_rules,
 )
+from utils.preflight.two_cards import card_rules
 from utils.rewards.functions import REWARD_FNS
 
 
@@ -141,6 +142,7 @@ def _rules_between(config: Config) -> list[Rule]:
         *_size_rules(config.training),
         *_sampling_rules(config.training),
         *_machine_rules(config.training),
+        *card_rules(config),
         *_adapter_rules(config.training),
         *_path_rules(config.paths),
         *_reward_rules("training.reward_fn", [config.training.reward_fn]),

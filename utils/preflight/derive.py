@@ -66,6 +66,7 @@ def derive(
     longest_sequence: int,
     card: Card,
     uses_vllm: bool,
+    engine_card: Card | None = None,
 ) -> tuple[Config, list[Derived]]:
     """A copy of the config with what follows from the card, and a line for each such field.
 
@@ -76,6 +77,7 @@ def derive(
         longest_sequence: tokens of the longest prompt and response together.
         card: the GPU that the policy trains on.
         uses_vllm: whether the rollout engine is vLLM.
+        engine_card: the GPU that vLLM has to itself, with `vllm.device`.
     """
     wanted = fields_to_derive(config, given)
     config, derived = copy.deepcopy(config), []
@@ -84,7 +86,7 @@ def derive(
     if sizes is None:
         return config, derived
     if uses_vllm and UTILIZATION in wanted:
-        derived.append(_share(config, sizes, longest_sequence, card, BUDGET in wanted))
+        derived.append(_share(config, sizes, longest_sequence, card, BUDGET in wanted, engine_card))
         config.vllm.gpu_memory_utilization = derived[-1].value
     if BUDGET in wanted:
         derived.append(_budget(config, sizes, longest_sequence, card, uses_vllm))
@@ -92,8 +94,15 @@ def derive(
     return config, derived
 
 
-def _share(config: Config, sizes: dict[str, Any], longest_sequence: int, card: Card, budget_follows: bool) -> Derived:
-    """What all sequences at their longest would need, or else what the trainer leaves.
+def _share(
+    config: Config,
+    sizes: dict[str, Any],
+    longest_sequence: int,
+    card: Card,
+    budget_follows: bool,
+    engine_card: Card | None,
+) -> Derived:
+    """What all sequences at their longest would need, or else what the trainer leaves, or what its own card has.
 
     Where the token budget is derived afterwards, one sequence per microbatch is what training needs at least.
     """
@@ -107,15 +116,18 @@ def _share(config: Config, sizes: dict[str, Any], longest_sequence: int, card: C
     # While vLLM is awake, the self-check computes log-probs of a few rollouts; without sleep all of training comes.
     awake = parts["rollout_peak"] - parts["sampling"] + parts["log_probs"]
     beside = awake if t.use_vllm_sleep_mode else parts["training_peak"]
+    if engine_card is not None:
+        card, beside = engine_card, 0
     left = card.free - MARGIN * card.total - beside
     share = max(0.01, math.floor(100 * min(wanted, left) / card.total) / 100)
     shared = replace(config, vllm=replace(config.vllm, gpu_memory_utilization=share))
     n_tokens = kv_cache_tokens(sizes, shared, card.total)
     goal = f"{n_sequences} sequences of {longest_sequence:,} tokens"
+    room = "training leaves" if engine_card is None else "on a GPU of its own vLLM can have"
     return Derived(
         UTILIZATION,
         share,
-        f"{share * card.total / GB:.1f} of the {card.total / GB:.1f} GB {card.whose}; training leaves "
+        f"{share * card.total / GB:.1f} of the {card.total / GB:.1f} GB {card.whose}; {room} "
         f"{left / GB:.1f} GB, and {goal} want {wanted / GB:.1f} GB; the KV cache holds about {n_tokens:,} tokens",
     )
 

@@ -15,7 +15,15 @@ from utils.preflight.config_rules import own_code
 from utils.preflight.derive import usual_length
 from utils.preflight.hub import is_cached
 from utils.preflight.loss_rules import LOSSES_WITHOUT_RATIO
-from utils.preflight.machine import ASSUMED_GPU, estimated_memory, gpu_memory, host_memory, machine_notes
+from utils.preflight.machine import (
+    ASSUMED_GPU,
+    engine_card,
+    estimated_memory,
+    gpu_memory,
+    host_memory,
+    machine_notes,
+    this_card,
+)
 from utils.preflight.memory_estimate import kv_cache_tokens
 from utils.preflight.model_files import bytes_to_fetch, is_local, model_config
 from utils.preflight.obstacles import obstacles
@@ -101,6 +109,12 @@ def _memory_notes(config: Config, prompt: LongestPrompt) -> Iterator[str]:
         )
     if peak > memory:
         yield f"it DOES NOT FIT: about {peak / GB:.1f} GB are needed of the {memory / GB:.1f} GB {whose}; {LESS_MEMORY}"
+    engines = engine_card(config)
+    if engines is not None and parts["vllm_awake"] > engines.free:
+        yield (
+            f"vLLM's share of its own GPU DOES NOT FIT: {parts['vllm_awake'] / GB:.1f} GB of the "
+            f"{engines.free / GB:.1f} GB that are free; lower vllm.gpu_memory_utilization, or set it to null"
+        )
 
 
 def consequences(config: Config, prompt: LongestPrompt) -> Iterator[tuple[str, str]]:
@@ -161,6 +175,12 @@ def memory_lines(config: Config, prompt: LongestPrompt) -> Iterator[str]:
     memory, whose = _memory(config)
     verdict = "fits into" if _peak(parts) <= memory else "DOES NOT FIT into"
     yield f"{verdict} the {memory / GB:.1f} GB {whose}"
+    engines = engine_card(config)
+    if engines is not None:
+        yield (
+            f"those peaks are of {config.training.device}; vLLM keeps its {parts['vllm_awake'] / GB:.1f} GB on "
+            f"{config.vllm.device}, of the {engines.total / GB:.1f} GB {engines.whose}"
+        )
 
 
 def _cache(config: Config, prompt: LongestPrompt) -> tuple[int, int] | None:
@@ -173,7 +193,7 @@ def _cache(config: Config, prompt: LongestPrompt) -> tuple[int, int] | None:
         return None
     at_once = min(t.rollout_batch_size, config.vllm.max_num_seqs)
     usual = usual_length(prompt.tokens + t.max_tokens)
-    return kv_cache_tokens(sizes, config, _memory(config)[0]), at_once * usual
+    return kv_cache_tokens(sizes, config, this_card(config.vllm.device or t.device).total), at_once * usual
 
 
 def _peak(parts: dict[str, int]) -> int:
@@ -184,7 +204,7 @@ def _memory(config: Config) -> tuple[int, str]:
     """Bytes of the memory that the policy trains in, and whose they are."""
     if not config.training.device.startswith("cuda"):
         return host_memory(), "that this machine has"
-    memory = gpu_memory()
+    memory = gpu_memory(config.training.device)
     return (ASSUMED_GPU, "assumed, as there is no GPU here") if memory is None else (memory, "that the GPU has")
 
 

@@ -12,7 +12,7 @@ from utils.log.files import CONFIG_FILE
 from utils.preflight.config import load_config
 from utils.preflight.derive import Card, derive, fields_to_derive
 from utils.preflight.hub import fetch_small_file
-from utils.preflight.machine import this_card
+from utils.preflight.machine import engine_card, this_card
 from utils.preflight.memory_estimate import estimate_peak_memory
 from utils.preflight.model_files import is_local, model_config
 from utils.preflight.prompt_lengths import longest_prompt
@@ -33,11 +33,12 @@ def fit_to_card(
         if fetch and not is_local(config.paths.model_path):
             fetch_small_file(config.paths.model_path, "config.json")
         sizes, uses_vllm = model_config(config.paths.model_path), choose_engine(config) == "vllm"
-        length, card = longest_prompt(config).tokens + config.training.max_tokens, this_card()
+        length = longest_prompt(config).tokens + config.training.max_tokens
+        card, engines = this_card(config.training.device), engine_card(config)
         earlier = _as_it_began(config, wanted) if resume else None
-        if sizes is not None and earlier is not None and _fits(earlier, sizes, length, card, uses_vllm):
+        if sizes is not None and earlier is not None and _fits(earlier, sizes, length, card, uses_vllm, engines):
             return earlier, [f"{name}: as the run began" for name in wanted]
-        fitted, derived = derive(config, given, sizes, length, card, uses_vllm)
+        fitted, derived = derive(config, given, sizes, length, card, uses_vllm, engines)
     except (ValueError, OSError):  # an obstacle, or loading the model, tells what is wrong
         fitted, derived = derive(config, given, None, 1, Card(0, 0), uses_vllm=False)
     return fitted, [str(line) for line in derived]
@@ -56,8 +57,10 @@ def _as_it_began(config: Config, wanted: Collection[str]) -> Config | None:
     return config
 
 
-def _fits(config: Config, sizes: dict, length: int, card: Card, uses_vllm: bool) -> bool:
+def _fits(config: Config, sizes: dict, length: int, card: Card, uses_vllm: bool, engines: Card | None) -> bool:
     if config.vllm.gpu_memory_utilization is None:
         return False
-    parts = estimate_peak_memory(sizes, config, length, card.total, uses_vllm)
+    parts = estimate_peak_memory(sizes, config, length, card.total, uses_vllm, engines and engines.total)
+    if engines is not None and parts["vllm_awake"] > engines.free:
+        return False
     return max(parts["rollout_peak"], parts["training_peak"]) <= card.free

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 from configs.defaults import Config
-from utils.engines import choose_engine
+from utils.engines import card_index, choose_engine
 from utils.preflight.derive import Card
 from utils.preflight.memory_estimate import estimate_peak_memory
 from utils.preflight.model_files import model_config
@@ -28,32 +29,61 @@ def has_gpu() -> bool:
     return any(Path(file).exists() for file in GPU_FILES)
 
 
-def gpu_memory() -> int | None:
-    """Bytes of memory that the first visible GPU has, by the driver's tool; None if there is no GPU or no such tool."""
-    asked = _ask_driver()
+def gpu_memory(device: str = "cuda:0") -> int | None:
+    """Bytes of memory that this GPU has, by the driver's tool; None if there is no GPU or no such tool."""
+    asked = _ask_driver(card_index(device) or 0)
     return asked and asked[0]
 
 
-def this_card() -> Card:
-    """The first visible GPU's memory and what was free of it when it was first asked, or a card that is assumed."""
-    asked = _ask_driver()
+def this_card(device: str = "cuda:0") -> Card:
+    """This GPU's memory and what was free of it when it was first asked, or a card that is assumed."""
+    asked = _ask_driver(card_index(device) or 0)
     if asked is None:
         return Card(ASSUMED_GPU, ASSUMED_GPU, "assumed, as no GPU here tells its memory")
     return Card(*asked)
 
 
+def engine_card(config: Config) -> Card | None:
+    """The GPU that vLLM has to itself; None if it shares the policy's."""
+    return None if config.vllm.device is None else this_card(config.vllm.device)
+
+
+def n_visible_gpus() -> int | None:
+    """How many GPUs this process may use; None if nothing tells."""
+    visible = _visible_gpus()
+    if visible is not None:
+        return len(visible)
+    listed = _nvidia_smi("--query-gpu=index")
+    return None if listed is None else len(listed)
+
+
+def _visible_gpus() -> list[str] | None:
+    """What CUDA_VISIBLE_DEVICES names, indices or UUIDs; None if it is not set. CUDA stops at the first -1."""
+    if "CUDA_VISIBLE_DEVICES" not in os.environ:
+        return None
+    names = [name.strip() for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",")]
+    return list(itertools.takewhile(lambda name: name not in ("", "-1"), names))
+
+
 @functools.cache
-def _ask_driver() -> tuple[int, int] | None:
-    """(total, free) bytes. Asked once, before this process itself takes any."""
-    command = ["nvidia-smi", "--query-gpu=memory.total,memory.free", "--format=csv,noheader,nounits"]
-    first_visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip()
-    if first_visible:  # an index or a UUID; the tool takes both, and lists all cards without it
-        command.append(f"--id={first_visible}")
+def _ask_driver(index: int) -> tuple[int, int] | None:
+    """(total, free) bytes of a visible GPU. Asked once, before this process itself takes any."""
+    visible = _visible_gpus() or []
+    name = visible[index] if index < len(visible) else index  # the tool takes indices and UUIDs
+    listed = _nvidia_smi("--query-gpu=memory.total,memory.free", f"--id={name}")
     try:
-        listed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout
-        total, free = listed.splitlines()[0].split(",")
+        total, free = listed[0].split(",") if listed else ("", "")
         return int(total) * 2**20, int(free) * 2**20
-    except (OSError, subprocess.SubprocessError, ValueError, IndexError):  # some cards answer "[N/A]"
+    except ValueError:  # some cards answer "[N/A]"
+        return None
+
+
+def _nvidia_smi(*options: str) -> list[str] | None:
+    """The lines that the driver's tool answers with, None without it or its answer."""
+    command = ["nvidia-smi", "--format=csv,noheader,nounits", *options]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):
         return None
 
 
@@ -73,8 +103,9 @@ def estimated_memory(config: Config, longest_prompt: int | None = None) -> dict[
     if sizes is None:
         raise ValueError(f"{config.paths.model_path} is not on this machine, so its config.json cannot be read")
     longest_sequence = t.max_tokens + (longest_prompt or t.max_prompt_tokens or ASSUMED_PROMPT)
-    device_memory = (gpu_memory() or ASSUMED_GPU) if t.device.startswith("cuda") else None
-    return estimate_peak_memory(sizes, config, longest_sequence, device_memory, choose_engine(config) == "vllm")
+    device_memory = (gpu_memory(t.device) or ASSUMED_GPU) if t.device.startswith("cuda") else None
+    card, uses_vllm = engine_card(config), choose_engine(config) == "vllm"
+    return estimate_peak_memory(sizes, config, longest_sequence, device_memory, uses_vllm, card and card.total)
 
 
 def machine_notes(config: Config) -> Iterator[str]:

@@ -69,6 +69,7 @@ def estimate_peak_memory(
     longest_sequence: int,
     device_memory: int | None = None,
     uses_vllm: bool = True,
+    engine_memory: int | None = None,
 ) -> dict[str, int]:
     """Bytes by part of the step's peak, from the model's config.json.
 
@@ -78,6 +79,7 @@ def estimate_peak_memory(
         longest_sequence: tokens of the longest prompt and response together.
         device_memory: bytes of the GPU's whole memory, of which vLLM takes a share; None on the CPU.
         uses_vllm: whether the rollout engine is vLLM.
+        engine_memory: with `vllm.device`, bytes of that GPU, of which vLLM then takes its share; not in the peaks.
 
     Returns:
         `weights`, `gradients`, `optimizer`, `reference` (the policy that a KL term measures from, unless it is the
@@ -106,16 +108,17 @@ def estimate_peak_memory(
         "log_probs": _log_probs(sizes, config, n_response_tokens),
         "merging": _merging(model_config, config) if uses_vllm else 0,
         "sampling": 0 if uses_vllm else _sampling(sizes, training, longest_sequence),
-        **_vllm(config, n_parameters, device_memory, uses_vllm),
+        **_vllm(config, n_parameters, engine_memory or device_memory, uses_vllm),
         "allowance": CUDA_ALLOWANCE if device_memory is not None else 0,
     }
     resting = sum(parts[name] for name in ("weights", "optimizer", "reference", "allowance"))
-    parts["rollout_peak"] = resting + parts["merging"] + parts["sampling"] + parts["vllm_awake"]
+    awake, asleep = (parts["vllm_awake"], parts["vllm_asleep"]) if config.vllm.device is None else (0, 0)
+    parts["rollout_peak"] = resting + parts["merging"] + parts["sampling"] + awake
     # masters are put together tensor by tensor, in float32 beside their gradients, once the activations are gone
     joins = training.optimizer_name == "adamw8bit_master" and training.lora_rank is None
     step = 8 * sizes["vocabulary"] * sizes["hidden"] if joins else 0
     parts["training_peak"] = (
-        resting + parts["vllm_asleep"] + parts["gradients"] + max(step, parts["activations"] + parts["log_probs"])
+        resting + asleep + parts["gradients"] + max(step, parts["activations"] + parts["log_probs"])
     )
     if training.lora_rank is not None:  # a frozen head leaves nothing behind when a layer is computed again
         parts["training_peak"] -= min(again, parts["log_probs"])
@@ -291,5 +294,5 @@ def _vllm(config: Config, n_parameters: int, device_memory: int | None, uses_vll
         awake = int(config.vllm.gpu_memory_utilization * device_memory)
         # both levels free weights and cache on the device; graphs stay
         graphs = 0 if config.vllm.enforce_eager else CUDA_GRAPHS
-        asleep = min(graphs, awake) if config.training.use_vllm_sleep_mode else awake
+        asleep = min(graphs, awake) if config.vllm_sleeps else awake
     return {"vllm_awake": awake, "vllm_asleep": asleep}

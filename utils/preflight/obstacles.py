@@ -25,10 +25,11 @@ from utils.preflight.config import load_config
 from utils.preflight.config_rules import ConfigError, own_code
 from utils.preflight.disk import too_little_space
 from utils.preflight.hub import unavailable
-from utils.preflight.machine import has_gpu
+from utils.preflight.machine import has_gpu, n_visible_gpus
 from utils.preflight.model_files import context_of, is_local, lacks_chat_template, model_config
 from utils.preflight.reference_model import reference_obstacles
 from utils.preflight.resume_rules import changed_fields
+from utils.preflight.two_cards import card_obstacles, process_obstacles
 from utils.problems import load_template, read_problems
 
 INPUTS = ("train_data_file", "val_data_file", "prompt_template_file")  # of the section `paths`
@@ -79,7 +80,11 @@ def shortfalls(config: Config, inputs: Sequence[str] = INPUTS) -> Iterator[str]:
     yield from _model_obstacles(config)
     yield from reference_obstacles(config)
     if config.training.device.startswith("cuda") and not has_gpu():
-        yield f"training.device = {config.training.device!r}: no NVIDIA GPU here; set training.device=cpu"
+        own_card = "" if config.vllm.device is None else " and vllm.device=null"
+        yield f"training.device = {config.training.device!r}: no NVIDIA GPU here; set training.device=cpu{own_card}"
+    else:
+        yield from card_obstacles(config, n_visible_gpus)
+    yield from process_obstacles(config)
     try:
         choose_engine(config)
     except ValueError as error:

@@ -38,6 +38,7 @@ MAY_CHANGE = frozenset(
         "training.log_prob_chunk_size",
         "training.generation_batch_size",
         "training.try_longest_microbatch",
+        "vllm.device",
         "vllm.gpu_memory_utilization",
         "vllm.enable_prefix_caching",
         "vllm.enforce_eager",

@@ -36,6 +36,7 @@ from utils.preflight.config import save_config, to_dict
 from utils.preflight.config_rules import ConfigError, own_code
 from utils.preflight.machine import machine_notes
 from utils.preflight.obstacles import output_obstacles, refuse
+from utils.preflight.two_cards import card_obstacles
 from utils.problems import (
     ProblemStream,
     build_prompts,
@@ -80,6 +81,7 @@ def build_run(
     device = config.training.device
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(f"training.device = {device!r}: torch finds no GPU that it can use; set training.device=cpu")
+    refuse(card_obstacles(config, torch.cuda.device_count))
     with claimed(Path(config.paths.output_dir)) as lock:
         checkpoint = find_checkpoint(config, resume, allow_changes)
         try_own_code(config)
@@ -259,7 +261,8 @@ def open_log(config: Config, resume: bool, state: TrainState, engine_name: str, 
     if resume:
         tell = log.note if state.steps_done else log.warn
         tell(what_resume_found(output_dir, state.steps_done, t.n_grpo_steps, held_run))
-    log.note(f"rollouts by the {engine_name} engine")
+    own_card = "" if config.vllm.device is None else f" on {config.vllm.device}, which never sleeps"
+    log.note(f"rollouts by the {engine_name} engine{own_card}")
     for note in notes:
         log.warn(note)
     return log

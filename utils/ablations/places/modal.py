@@ -140,6 +140,10 @@ def misplaced(config: Config) -> Iterator[str]:
             yield f"{field} = {str(path)!r} is on no volume; put it in {DATA_FOLDER}/ and upload that"
     if config.training.device == "cpu":
         yield "training.device = 'cpu': a rented GPU would stand idle; set training.device=cuda:0"
+    gpu, _, n_gpus = config.elsewhere.gpu.partition(":")  # how Modal names several
+    if config.vllm.device is not None and n_gpus in ("", "0", "1"):
+        named = f"elsewhere.gpu = {config.elsewhere.gpu!r}"
+        yield f"{named}: vllm.device and training.device are two GPUs; set it to {gpu}:2"
     for name in config.training.tracker_names:
         if name in IN_SECRET and name not in config.elsewhere.secrets:
             yield (

@@ -60,7 +60,9 @@ class RayPlace:
 
     def obstacles(self, launch: Launch) -> Iterator[str]:
         yield from bad_inputs(launch.config)
-        need = needed(launch)
+        need, n_gpus = needed(launch), launch.config.elsewhere.ray_gpus
+        if launch.config.vllm.device is not None and n_gpus < 2:
+            yield f"elsewhere.ray_gpus = {n_gpus:g}: vllm.device and training.device are two GPUs; set it to 2"
         if not any(fitting(node["Resources"], need) for node in self._nodes()):
             wanted = " and ".join(f"{amount:g} {name}" for name, amount in need.items() if amount)
             yield (

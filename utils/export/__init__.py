@@ -1,0 +1,1 @@
+"""A config written down for another trainer: TRL's GRPOTrainer, or verl."""
