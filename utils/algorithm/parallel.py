@@ -188,5 +188,5 @@ def _wait(begin: Any) -> None:
     try:
         begin().wait()
     except RuntimeError as error:
-        reason = str(error).splitlines()[0].rpartition("] ")[2]
+        reason = str(error).splitlines()[0].rpartition("] ")[2].partition(". ")[0]
         raise RankLost(f"rank {rank()} of {n_ranks()} has lost another rank, which has ended ({reason})") from error
