@@ -25,19 +25,27 @@ from utils.plots.style import COLOURS, MARKERS, STYLE
 
 KEPT = ("eval/reward", "eval/format_reward", "eval/mean_response_length", "train/reward", "train/mean_response_length")
 KEPT += ("train/frac_truncated", "train/entropy")
-USUAL, LONG, SHORT = RUNS = ("usual", "long", "short")
+USUAL = "usual"
+COLLAPSES = {
+    "long": "training.learning_rate=1e-3",
+    "short": "training.learning_rate=3e-3",
+}  # what makes them of `usual`
+RUNS = (USUAL, *COLLAPSES)
 STAGES = {"before": "warm start", "after": "after the run `usual`"}  # folders of evaluations: what they are of
 ROUNDS = ("greedy", "sampled")
 COLUMNS = ("stage", "decoding", "level", "problems", "reward", "std_error")
-COMMANDS = """\
-python play-scripts/make_chains.py
-python train_grpo.py --config configs/tiny/base.yaml paths.output_dir=runs/world/usual
-python train_grpo.py --config configs/tiny/base.yaml training.learning_rate=1e-3 paths.output_dir=runs/world/long
-python train_grpo.py --config configs/tiny/base.yaml training.learning_rate=3e-3 paths.output_dir=runs/world/short
-python play-scripts/evaluate.py data/chains/model --config configs/tiny/base.yaml --samples 8 \\
-    --output runs/world/before
-python play-scripts/evaluate.py runs/world/usual/checkpoints/last --samples 8 --output runs/world/after
-python play-scripts/show_world.py"""
+TRAIN = "python train_grpo.py --config configs/tiny/base.yaml"
+EVALUATE = "python play-scripts/evaluate.py"
+COMMANDS = "\n".join(
+    [
+        "python play-scripts/make_chains.py",
+        f"{TRAIN} paths.output_dir=runs/world/{USUAL}",
+        *(f"{TRAIN} {override} paths.output_dir=runs/world/{name}" for name, override in COLLAPSES.items()),
+        f"{EVALUATE} data/chains/model --config configs/tiny/base.yaml --samples 8 --output runs/world/before",
+        f"{EVALUATE} runs/world/{USUAL}/checkpoints/last --samples 8 --output runs/world/after",
+        "python play-scripts/show_world.py",
+    ]
+)
 
 
 def show(options: argparse.Namespace) -> None:
@@ -113,10 +121,7 @@ def draw_difficulty(path: Path, rows: list[dict[str, str]]) -> None:
 
 def page(runs: dict[str, Run], difficulty: list[dict[str, str]]) -> str:
     """README.md, with its numbers from the CSV files."""
-    usual, long, short = (runs[name].curves for name in RUNS)
-    ends = {
-        name: max(curves["train/mean_response_length"]) for name, curves in zip(RUNS, (usual, long, short), strict=True)
-    }
+    usual = runs[USUAL].curves
 
     def between(curves: dict, metric: str, digits: int) -> str:
         first, last = curves[metric][min(curves[metric])].value, curves[metric][max(curves[metric])].value
@@ -131,15 +136,18 @@ def page(runs: dict[str, Run], difficulty: list[dict[str, str]]) -> str:
         "configs were fixed before any question was asked of them.",
         "## Length moves",
         "![reward, format reward and mean response length of the usual run](lengths.png)",
-        f"In {ends[USUAL]} steps of the on-policy config that the questions share, reward on held-out sums goes from "
-        f"{between(usual, 'eval/reward', 2)}, format reward from {between(usual, 'eval/format_reward', 2)} and the "
-        f"mean length of the held-out responses from {between(usual, 'eval/mean_response_length', 1)} tokens of at "
-        "most 96.",
+        f"In {runs[USUAL].last_step} steps of the on-policy config that the questions share, reward on held-out sums "
+        f"goes from {between(usual, 'eval/reward', 2)}, format reward from {between(usual, 'eval/format_reward', 2)} "
+        f"and the mean length of the held-out responses from {between(usual, 'eval/mean_response_length', 1)} tokens "
+        "of at most 96.",
         "## A run can collapse to long and to short",
         "![reward, mean response length and share of truncated responses of three runs](collapses.png)",
-        f"With the rate 1e-3 (`long`) the mean response goes from "
-        f"{between(long, 'train/mean_response_length', 1)} tokens in {ends[LONG]} steps; with 3e-3 (`short`) from "
-        f"{between(short, 'train/mean_response_length', 1)} in {ends[SHORT]}.",
+        *(
+            f"With `{override}` (`{name}`) the mean response goes from "
+            f"{between(runs[name].curves, 'train/mean_response_length', 1)} tokens, and reward from "
+            f"{between(runs[name].curves, 'eval/reward', 2)}, in {runs[name].last_step} steps."
+            for name, override in COLLAPSES.items()
+        ),
         "## Difficulty changes the pass rate",
         "![reward by number of terms, before and after the usual run](difficulty.png)",
         table(difficulty),

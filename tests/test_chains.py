@@ -11,7 +11,7 @@ import forked
 import pytest
 from transformers import AutoModelForCausalLM
 
-from utils import chains, tiny
+from utils import tiny
 from utils.chains import Mixture, make_demonstrations, make_problems, make_response, terms_of
 from utils.problems import load_problems, load_template
 from utils.rewards.functions import question_only_answer, r1_zero_answer
@@ -136,24 +136,22 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_make_chains(tmp_path: Path) -> None:
     output = tmp_path / "chains"
-    options = ("--output", output, "--steps", 2, "--save-at", 1, "--demonstrations-each", 1, "--training-problems", 20)
+    options = ("--output", output, "--steps", 1, "--demonstrations-each", 1, "--training-problems", 20, "--seed", 5)
     result = make_chains(*options)
     assert result.returncode == 0, result.stderr
-    made = contents(output)
-    assert {"train.jsonl", "validation.jsonl", "model/config.json", "sft_step_1/model.safetensors"} < set(made)
-    assert made["model/model.safetensors"] != made["sft_step_1/model.safetensors"]
     model = AutoModelForCausalLM.from_pretrained(output / "model")
     assert sum(p.numel() for p in model.parameters()) < 1_000_000
-    problems = load_problems(output / "validation.jsonl")
-    assert len(problems) == 4 * 32 and problems[0].level in {f"{n} terms" for n in chains.N_TERMS}
-    prompts = {json.loads(row)["prompt"] for row in made["demonstrations.jsonl"].splitlines()}
-    assert not prompts & {t.replace("{question}", p.question) for p in problems for t in TEMPLATES}
-
-    again = make_chains(*options)
-    assert again.returncode == 0 and "already there" in again.stdout
-    forced = make_chains(*options, "--force")
-    assert forced.returncode == 0, forced.stderr
-    assert contents(output) == made, "the same options give the same bytes"
+    training, validation = (load_problems(output / f"{name}.jsonl") for name in ("train", "validation"))
+    assert (training, validation) == make_problems(20, 32, seed=5)
+    rows = [json.loads(row) for row in (output / "demonstrations.jsonl").read_text().splitlines()]
+    assert rows == make_demonstrations(training, TEMPLATES, 1, Mixture(), seed=5)
+    assert not {row["prompt"] for row in rows} & {
+        t.replace("{question}", p.question) for p in validation for t in TEMPLATES
+    }
+    before = contents(output)
+    assert "already there" in make_chains(*options).stdout
+    assert make_chains(*options[:-1], 6).returncode == 2
+    assert contents(output) == before
 
 
 @pytest.mark.parametrize(
