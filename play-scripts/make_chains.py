@@ -2,11 +2,11 @@
 
     python play-scripts/make_chains.py
 
-writes data/chains/: train.jsonl and validation.jsonl, sums of 3 to 6 numbers up to 12, of which none is on both sides
+writes data/chains/: train.jsonl and validation.jsonl, sums of 3 to 6 numbers up to 9, of which none is on both sides
 in another order; demonstrations.jsonl, responses to the training problems that write out every step, or the totals
 alone, or no step, or ramble, some of them wrong or malformed on purpose, and a share under a second prompt that wants a
 boxed answer and no reasoning; and model/, a checkpoint of 0.6 M parameters that SFT warmed up on these demonstrations,
-from random weights. It takes about two minutes on one core. The same options give the same files on the same machine;
+from random weights. It takes about three minutes on one core. The same options give the same files on the same machine;
 if they already exist, nothing is done.
 """
 
@@ -98,13 +98,13 @@ def build_parser() -> argparse.ArgumentParser:
     usual = chains.Mixture()
     add("--output", default="data/chains", help="folder to write (data/chains)")
     add("--seed", type=int, default=1337, help="seed of problems, demonstrations, weights and training order (1337)")
-    add("--steps", type=int, default=400, help="SFT steps of 64 demonstrations; more make a more able model (400)")
+    add("--steps", type=int, default=500, help="SFT steps of 64 demonstrations; more make a more able model (500)")
     add(
         "--save-at", type=int, nargs="+", default=[], metavar="STEP", help="also save sft_step_N/ after these SFT steps"
     )
-    add("--training-problems", type=int, default=800, help="training problems per number of terms (800)")
+    add("--training-problems", type=int, default=500, help="training problems per number of terms (500)")
     add("--validation-problems", type=int, default=32, help="held-out problems per number of terms (32)")
-    add("--demonstrations-each", type=int, default=8, help="demonstrations per training problem (8)")
+    add("--demonstrations-each", type=int, default=12, help="demonstrations per training problem (12)")
     add(
         "--styles",
         type=float,

@@ -129,7 +129,7 @@ def page(runs: dict[str, Run], difficulty: list[dict[str, str]]) -> str:
 
     parts = [
         "# The tiny world of the ablations",
-        "Sums of three to six numbers up to 12, such as `3+11+9=?`. A model of 0.6 M parameters has seen responses "
+        "Sums of three to six numbers up to 9, such as `3+8+9=?`. A model of 0.6 M parameters has seen responses "
         "that write out every step, only the totals, or none, and responses that ramble; some of them are wrong and "
         "some malformed ([`utils/chains.py`](../../utils/chains.py)). So a policy can trade length, accuracy and "
         "format against each other. This page shows what a run in this world can show at all. The world and the "

@@ -15,7 +15,7 @@ from utils.records import Problem
 from utils.seeding import derive_seed
 from utils.tiny import ERRORS, FORMAT_ERRORS
 
-LARGEST_TERM = 12
+LARGEST_TERM = 9
 N_TERMS = (3, 4, 5, 6)
 STYLES = ("full", "abbreviated", "bare", "rambling")
 REPEAT_SHARE = 0.5  # of the steps of a rambling demonstration
@@ -25,11 +25,11 @@ REPEAT_SHARE = 0.5  # of the steps of a rambling demonstration
 class Mixture:
     """What the demonstrations are made of; all shares are from 0 to 1, and those of the styles add up to 1."""
 
-    styles: tuple[float, ...] = (0.35, 0.15, 0.25, 0.25)  # in the order of STYLES
-    wrong_steps: float = 0.08  # of the totals that are written out; the mistake is carried on
+    styles: tuple[float, ...] = (0.4, 0.15, 0.2, 0.25)  # in the order of STYLES
+    wrong_steps: float = 0.04  # of the totals that are written out; the mistake is carried on
     wrong_guesses: float = 0.4  # of the answers without any step
-    malformed: float = 0.2
-    boxed: float = 0.12  # have the other prompt, whose answer is in a box
+    malformed: float = 0.15
+    boxed: float = 0.1  # have the other prompt, whose answer is in a box
 
 
 def make_problems(n_training: int, n_validation: int, seed: int) -> tuple[list[Problem], list[Problem]]:
