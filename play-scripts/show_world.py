@@ -23,13 +23,13 @@ from utils.plots.figures import draw_figure, save_figure
 from utils.plots.history import Run, load_runs, write_csv
 from utils.plots.style import COLOURS, MARKERS, STYLE
 
-KEPT = ("eval/reward", "eval/format_reward", "eval/mean_response_length", "train/reward", "train/mean_response_length")
-KEPT += ("train/frac_truncated", "train/entropy")
+KEPT = ("eval/reward", "eval/format_reward", "eval/answer_reward", "eval/mean_response_length", "train/reward")
+KEPT += ("train/mean_response_length", "train/frac_truncated", "train/entropy")
 USUAL = "usual"
-COLLAPSES = {
-    "long": "training.learning_rate=1e-3",
-    "short": "training.learning_rate=3e-3",
-}  # what makes them of `usual`
+COLLAPSES = {  # what makes them of `usual`
+    "long": "training.learning_rate=1e-3 guard.action=stop",
+    "short": "training.extra_rewards='{docs/examples/reward.py:brief: 100}'",
+}
 RUNS = (USUAL, *COLLAPSES)
 STAGES = {"before": "warm start", "after": "after the run `usual`"}  # folders of evaluations: what they are of
 ROUNDS = ("greedy", "sampled")
@@ -58,7 +58,7 @@ def show(options: argparse.Namespace) -> None:
         difficulty = list(csv.DictReader(file))
     lengths = ("eval/reward", "eval/format_reward", "train/mean_response_length")
     draw(results / "lengths", [runs[USUAL]], lengths, "Length moves: the usual run")
-    collapses = ("eval/reward", "train/mean_response_length", "train/frac_truncated")
+    collapses = ("eval/answer_reward", "train/mean_response_length", "train/frac_truncated")
     draw(results / "collapses", list(runs.values()), collapses, "A run can collapse to long and to short")
     draw_difficulty(results / "difficulty", difficulty)
     (results / "README.md").write_text(page(runs, difficulty))
@@ -141,11 +141,13 @@ def page(runs: dict[str, Run], difficulty: list[dict[str, str]]) -> str:
         f"and the mean length of the held-out responses from {between(usual, 'eval/mean_response_length', 1)} tokens "
         "of at most 96.",
         "## A run can collapse to long and to short",
-        "![reward, mean response length and share of truncated responses of three runs](collapses.png)",
+        "![right answers, mean response length and share of truncated responses of three runs](collapses.png)",
+        "`long` has a rate that is too high, and the collapse guard ends it. `short` loses a tenth of a reward per "
+        "token, so that an answer costs more than it earns.",
         *(
             f"With `{override}` (`{name}`) the mean response goes from "
-            f"{between(runs[name].curves, 'train/mean_response_length', 1)} tokens, and reward from "
-            f"{between(runs[name].curves, 'eval/reward', 2)}, in {runs[name].last_step} steps."
+            f"{between(runs[name].curves, 'train/mean_response_length', 1)} tokens, and the share of right answers "
+            f"from {between(runs[name].curves, 'eval/answer_reward', 2)}, in {runs[name].last_step} steps."
             for name, override in COLLAPSES.items()
         ),
         "## Difficulty changes the pass rate",

@@ -47,7 +47,12 @@ def add_runs(folder: Path) -> None:
 
 
 def evaluated(reward: float, length: float) -> dict[str, float]:
-    return {"eval/reward": reward, "eval/format_reward": 1.0, "eval/mean_response_length": length}
+    return {
+        "eval/reward": reward,
+        "eval/format_reward": 1.0,
+        "eval/answer_reward": reward,
+        "eval/mean_response_length": length,
+    }
 
 
 def test_the_page_and_the_same_page_from_its_files(show, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
