@@ -37,6 +37,7 @@ INPUTS = ("train_data_file", "val_data_file", "prompt_template_file")  # of the 
 REPOSITORY = Path(__file__).parents[2]
 MADE_BY = {
     "data/tiny/": "python play-scripts/make_tiny.py",
+    "data/chains/": "python play-scripts/make_chains.py",
     "data/math/": "python data/prepare_math.py",
     "data/gsm8k/": "python data/prepare_gsm8k.py",
 }
