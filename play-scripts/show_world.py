@@ -34,14 +34,14 @@ RUNS = (USUAL, *COLLAPSES)
 STAGES = {"before": "warm start", "after": "after the run `usual`"}  # folders of evaluations: what they are of
 ROUNDS = ("greedy", "sampled")
 COLUMNS = ("stage", "decoding", "level", "problems", "reward", "std_error")
-TRAIN = "python train_grpo.py --config configs/tiny/base.yaml"
+TRAIN = "python train_grpo.py --config configs/chains/base.yaml"
 EVALUATE = "python play-scripts/evaluate.py"
 COMMANDS = "\n".join(
     [
         "python play-scripts/make_chains.py",
         f"{TRAIN} paths.output_dir=runs/world/{USUAL}",
         *(f"{TRAIN} {override} paths.output_dir=runs/world/{name}" for name, override in COLLAPSES.items()),
-        f"{EVALUATE} data/chains/model --config configs/tiny/base.yaml --samples 8 --output runs/world/before",
+        f"{EVALUATE} data/chains/model --config configs/chains/base.yaml --samples 8 --output runs/world/before",
         f"{EVALUATE} runs/world/{USUAL}/checkpoints/last --samples 8 --output runs/world/after",
         "python play-scripts/show_world.py",
     ]
