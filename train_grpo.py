@@ -26,12 +26,16 @@ from utils.preflight.config import load_config_and_origins
 from utils.preflight.dry_run import show_dry_run
 from utils.preflight.fit import fit_to_card
 from utils.preflight.obstacles import check_before_loading
+from utils.ranks import RankLost, keep_quiet_unless_first, launched
 from utils.run.ending import Status, StoppedWhileLoading, StopRequest, TimeLimit
+from utils.run.start import decided_by_first_rank
 
 if TYPE_CHECKING:
+    import argparse
+
     import torch
 
-    from configs.defaults import Training
+    from configs.defaults import Config, Training
     from utils.algorithm.batch import TrainBatch
     from utils.algorithm.statistics import UpdateResult
     from utils.run.run import Run
@@ -61,7 +65,7 @@ def train(run: Run) -> Status:
             prompts = learner.problem_stream.draw(groups.n_missing)
             seed = groups.seed(steps_done)
             with meter.phase("rollout"):
-                rollouts = learner.engine.generate(prompts, n=t.group_size, seed=seed, should_stop=run.should_stop)
+                rollouts = learner.engine.generate(prompts, n=t.group_size, seed=seed, should_stop=run.signalled)
             with meter.phase("grading"):
                 groups.add(rollouts, learner.scorer.score(rollouts))
         if run.should_stop():
@@ -75,7 +79,7 @@ def train(run: Run) -> Status:
         with meter.phase("train"):
             if learner.reference is not None:
                 batch = with_reference_log_probs(learner.reference, batch, t)
-            update = update_policy(learner.policy, learner.optimizer, batch, t, steps_done, run.should_stop)
+            update = update_policy(learner.policy, learner.optimizer, batch, t, steps_done, run.signalled)
         if update.abandoned:  # asked to stop: the state is still the last whole step's
             continue
         with meter.phase("push"):
@@ -102,6 +106,7 @@ def update_policy(
     from utils.algorithm.log_probs import policy_log_probs
     from utils.algorithm.loss_scale import loss_scale
     from utils.algorithm.losses import find_loss, per_token_loss
+    from utils.algorithm.parallel import agree
     from utils.algorithm.statistics import UpdateStatistics
     from utils.algorithm.update import set_learning_rate, take_optimizer_step, with_old_log_probs
 
@@ -120,36 +125,41 @@ def update_policy(
             value.backward(loss_scale(optimizer))  # None, which is 1, but for float16
             watch.microbatch(microbatch, log_probs, entropy, value, extras)
             if watch.weights_untouched and should_stop():
-                optimizer.zero_grad()
-                return watch.abandoned()
+                break
+        if watch.weights_untouched and agree(should_stop()):  # on any rank
+            optimizer.zero_grad()
+            return watch.abandoned()
         take_optimizer_step(policy, optimizer, training, watch)
     return watch.result()
 
 
 def main(arguments: Sequence[str] | None = None) -> Status:
+    keep_quiet_unless_first()
     options = parse_arguments(arguments, __doc__)
     try:
-        config, origins = load_config_and_origins(options.config, options.overrides)
         if options.dry_run:
+            config, origins = load_config_and_origins(options.config, options.overrides)
             config, derived = fit_to_card(config, origins, options.resume)
             can_start = show_dry_run(config, options.resume, options.allow_changes, options.full, derived)
             return Status.FINISHED if can_start else Status.USER_MISTAKE
-        check_before_loading(config, options.resume, options.allow_changes)
-        config, derived = fit_to_card(config, origins, options.resume, fetch=True)
+        config, derived = decided_by_first_rank(lambda: checked_config(options))
     except ValueError as mistake:
         return report_mistake(mistake)
+    except RankLost as loss:
+        print(f"error: {loss}", file=sys.stderr)
+        return Status.ERROR
 
     limit = TimeLimit(config.training.max_hours)
     with StopRequest() as stop_request:
         try:
             from utils.run.build import build_run  # torch and the like, which takes seconds
 
-            stop_request.check_while_loading()
             run = build_run(config, options.resume, options.allow_changes, stop_request, limit, derived)
         except StoppedWhileLoading as stopped:
-            print(stopped, file=sys.stderr)
+            if launched().is_first:
+                print(stopped, file=sys.stderr)
             return Status.STOPPED_BY_SIGNAL
-        except CannotWrite as refusal:
+        except (CannotWrite, RankLost) as refusal:
             print(f"error: {refusal}", file=sys.stderr)
             return Status.ERROR
         except ValueError as mistake:
@@ -157,13 +167,21 @@ def main(arguments: Sequence[str] | None = None) -> Status:
         try:
             with run:
                 return run.end(train(run))
-        except CannotWrite as refusal:
+        except (CannotWrite, RankLost) as refusal:
             print(f"error: {refusal}. {run.how_to_resume()}", file=sys.stderr)
             return Status.ERROR
 
 
+def checked_config(options: argparse.Namespace) -> tuple[Config, list[str]]:
+    """The config with what follows from the card, and a line about each such field. Raises ValueError."""
+    config, origins = load_config_and_origins(options.config, options.overrides)
+    check_before_loading(config, options.resume, options.allow_changes)
+    return fit_to_card(config, origins, options.resume, fetch=True)
+
+
 def report_mistake(mistake: ValueError) -> Status:
-    print(f"error: {mistake}", file=sys.stderr)
+    if launched().is_first:  # the other ranks have been told the same
+        print(f"error: {mistake}", file=sys.stderr)
     return Status.USER_MISTAKE
 
 

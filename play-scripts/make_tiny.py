@@ -15,7 +15,9 @@ import argparse
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from train_sft import run_command, save_checkpoint, with_progress
 
@@ -23,6 +25,9 @@ from configs.defaults import Training
 from utils import tiny
 from utils.log.files import whole_folder
 from utils.problems import load_demonstrations, load_template, save_problems
+
+if TYPE_CHECKING:
+    from transformers import Qwen2ForCausalLM
 
 OPTIONS_FILE = "options.json"
 TEMPLATE = Path(__file__).parents[1] / "data" / "tiny.prompt"
@@ -49,7 +54,7 @@ def make(options: argparse.Namespace) -> None:
         save_problems(unfinished / "validation.jsonl", validation_problems)
         rows = "".join(json.dumps(row) + "\n" for row in demonstrations)
         (unfinished / "demonstrations.jsonl").write_text(rows)
-        warm_start(unfinished, options)
+        warm_start(unfinished, options, tiny.build_model, max_tokens=64, n_microbatches=1)
         (unfinished / OPTIONS_FILE).write_text(json.dumps(recipe(options), indent=2) + "\n")
         if output.exists():
             shutil.rmtree(output)
@@ -70,6 +75,11 @@ def check_options(options: argparse.Namespace) -> None:
     most = n_operands * (n_operands + 1) // 2 - 1  # one pair at least is left to train on
     if not 1 <= options.validation_pairs <= most:
         raise ValueError(f"--validation-pairs {options.validation_pairs} should be from 1 to {most}")
+    check_save_at(options)
+
+
+def check_save_at(options: argparse.Namespace) -> None:
+    """Raise ValueError for a --save-at that is none of the SFT steps."""
     for step in options.save_at:
         if not 1 <= step <= options.steps:
             raise ValueError(f"--save-at {step} is not one of the {options.steps} --steps")
@@ -95,8 +105,18 @@ def is_there(output: Path, wanted: dict, force: bool) -> bool:
     return True
 
 
-def warm_start(folder: Path, options: argparse.Namespace) -> None:
-    """Train a random model on the folder's demonstrations and save it to model/, on the way also to sft_step_N/."""
+def warm_start(
+    folder: Path,
+    options: argparse.Namespace,
+    build_model: Callable[[int], Qwen2ForCausalLM],
+    max_tokens: int,
+    n_microbatches: int,
+) -> None:
+    """Train a random model on the folder's demonstrations and save it to model/, on the way also to sft_step_N/.
+
+    `build_model` makes it from the seed. Demonstrations of more than `max_tokens` tokens, prompt included, are left
+    out.
+    """
     import torch
     from transformers.utils import logging
 
@@ -104,15 +124,15 @@ def warm_start(folder: Path, options: argparse.Namespace) -> None:
 
     logging.disable_progress_bar()
     torch.set_num_threads(1)  # the model is too small to share, and idle threads that spin slow it down
-    tokenizer, policy = tiny.build_tokenizer(), tiny.build_model(options.seed)
-    demonstrations, _ = load_demonstrations(folder / "demonstrations.jsonl", tokenizer, max_tokens=64)
+    tokenizer, policy = tiny.build_tokenizer(), build_model(options.seed)
+    demonstrations, _ = load_demonstrations(folder / "demonstrations.jsonl", tokenizer, max_tokens)
     training = Training(
         seed=options.seed,
         device="cpu",
         dtype="float32",
         learning_rate=3e-3,
         train_batch_size=64,
-        gradient_accumulation_steps=1,
+        gradient_accumulation_steps=n_microbatches,
         use_bnb_adamw8bit=False,
     )
     steps = sft.train(policy.train(), demonstrations, training, options.steps, schedule="linear", warmup_steps=20)

@@ -105,8 +105,10 @@ def all_reduce_bytes(n_bytes: float, n_cards: int) -> float:
     return 2 * (n_cards - 1) / n_cards * n_bytes
 
 
-def step_on_cards(step: StepOnOneCard, n_cards: int, gradient_bytes: int = 2) -> float:
+def step_on_cards(step: StepOnOneCard, n_cards: int, gradient_bytes: int = 4) -> float:
     """Seconds of a step whose batch is shared by so many cards, with one optimizer step and nothing overlapped.
+
+    Gradients are summed in float32, 4 bytes each.
 
     Reading the weights for each token takes as long for a share of the sequences as for all: that part of sampling
     does not shrink. An evaluation has four rollout batches, one after another, until four cards take one each.

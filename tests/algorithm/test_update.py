@@ -277,7 +277,7 @@ def test_a_stop_before_the_first_optimizer_step_leaves_the_weights_alone(policy:
 
 def test_a_stop_after_an_optimizer_step_finishes_the_grpo_step(policy: torch.nn.Module) -> None:
     training = replace(ON_POLICY, train_batch_size=4, gradient_accumulation_steps=1)
-    answers = iter([False, True, True, True])
+    answers = iter([False, False, True, True, True])  # before the first step it is asked after a microbatch and again
     optimizer = torch.optim.SGD(policy.parameters(), lr=1e-3)
     result = update_policy(policy, optimizer, make_batch(), training, 0, should_stop=lambda: next(answers))
     assert not result.abandoned

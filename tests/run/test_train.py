@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from utils.log.output import claimed
 from utils.preflight.model_files import is_local
-from utils.run.build import what_resume_found
 from utils.run.ending import Status
+from utils.run.start import what_resume_found
 
 TIMES = ("_dt", "time", "tokens_per_second", "memory_gb")
 

@@ -17,6 +17,7 @@ from utils.algorithm.aggregation import length_denominators
 from utils.algorithm.loss_inputs import LossInputs
 from utils.algorithm.losses import Loss
 from utils.algorithm.packing import Packing, is_packable, pack
+from utils.algorithm.parallel import own_rows
 from utils.records import Rollout
 from utils.seeding import derive_seed
 
@@ -154,7 +155,10 @@ def minibatches(n_rollouts: int, training: Training, steps_done: int) -> Iterato
 
 
 def microbatches(policy: torch.nn.Module, batch: TrainBatch, rows: Tensor, training: Training) -> Iterator[Microbatch]:
-    """Cut the rows (N,) of a minibatch that have a gradient into microbatches, on the policy's device."""
+    """Cut the rows (N,) of a minibatch that have a gradient into microbatches, on the policy's device.
+
+    With several ranks only this one's share of those rows; what their losses are divided by is counted over all.
+    """
     denominators = torch.ones(len(batch.rewards), dtype=torch.float64)
     denominators[rows] = length_denominators(batch.response_mask[rows], rows // training.group_size, training)
     batch = replace(batch, denominators=denominators)
@@ -162,7 +166,8 @@ def microbatches(policy: torch.nn.Module, batch: TrainBatch, rows: Tensor, train
     # a prompt is computed once for the rows that stay together
     group_size = training.group_size if is_packable(policy) else 1
     size, max_tokens = training.microbatch_size, training.max_tokens_per_microbatch
-    for piece in split_rows(trained, batch.sequence_lengths, size, max_tokens, group_size):
+    own = own_rows(trained, batch.sequence_lengths, group_size)
+    for piece in split_rows(own, batch.sequence_lengths, size, max_tokens, group_size):
         yield take_microbatch(policy, batch, piece)
 
 

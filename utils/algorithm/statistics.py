@@ -1,4 +1,7 @@
-"""Everything that measures an update, and trains nothing: sums kept on the device and read once, at the end."""
+"""Everything that measures an update, and trains nothing: sums kept on the device and read once, at the end.
+
+With several ranks each adds up what it has computed, and the sums are added before anything is divided.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from torch import Tensor
 from configs.defaults import Training
 from utils.algorithm.batch import Microbatch, TrainBatch, microbatches
 from utils.algorithm.log_probs import policy_log_probs
+from utils.algorithm.parallel import gather, is_first, sum_tensor
 from utils.algorithm.policy import trainable
 
 SAMPLES_PER_TENSOR = 65_536
@@ -37,7 +41,8 @@ class UpdateStatistics:
 
     def __init__(self, policy: torch.nn.Module, batch: TrainBatch, training: Training) -> None:
         self._policy, self._batch, self._training = policy, batch, training
-        self._device = next(policy.parameters()).device
+        weight = next(policy.parameters())
+        self._device, self._dtype = weight.device, torch.promote_types(weight.dtype, torch.float32)
         self._movement = WeightMovement(trainable(policy))
         self._sums: dict[str, Tensor] = {}  # over trained tokens
         self._losses: list[Tensor] = []  # of each optimizer step taken
@@ -63,7 +68,7 @@ class UpdateStatistics:
         so that the gap is known at every step.
         """
         self._start_minibatch()
-        if self.weights_untouched and not self._batch.rows_with_gradient[rows].any():
+        if self.weights_untouched and not self._batch.rows_with_gradient[rows].any() and is_first():
             everything = replace(self._batch, has_gradient=None)
             with torch.no_grad():
                 microbatch = next(microbatches(self._policy, everything, rows, self._training))
@@ -71,7 +76,7 @@ class UpdateStatistics:
                 self._add_sampler_gap(microbatch, log_probs)
 
     def _start_minibatch(self) -> None:
-        self._loss = torch.zeros((), device=self._device)
+        self._loss = torch.zeros((), device=self._device, dtype=self._dtype)
         self._suspects: list[tuple[Tensor, Tensor]] = []  # rows, and which of them are not finite
 
     def microbatch(
@@ -91,7 +96,7 @@ class UpdateStatistics:
         if "sampler_weight" in extras:
             self._add_sampler_weights(microbatch, extras["sampler_weight"])
         for name, values in measured.items():
-            self._add(name, torch.where(mask, values.float(), 0.0).sum())
+            self._add(name, torch.where(mask, values.to(self._loss.dtype), 0.0).sum())
         if microbatch.old_log_probs is not None or self.weights_untouched:
             self._add_sampler_gap(microbatch, old)
         finite = torch.isfinite(log_probs) & torch.isfinite(old) & torch.isfinite(microbatch.sampler_log_probs)
@@ -131,11 +136,14 @@ class UpdateStatistics:
         }
 
     def all_finite(self) -> Tensor:
-        """() bool on the device: whether this minibatch's loss, and all that it was computed from, is finite."""
+        """() bool on the device: whether this minibatch's loss, and all that it was computed from, is finite.
+
+        On every rank: they meet here.
+        """
         finite = torch.isfinite(self._loss)
         for _, bad in self._suspects:
             finite = finite & ~bad.any()
-        return finite
+        return sum_tensor((~finite).int()) == 0
 
     def optimizer_step(self, grad_norm: Tensor, taken: bool, too_large: bool = False) -> None:
         """The optimizer step of this minibatch was taken, or skipped because a number was not finite.
@@ -152,10 +160,11 @@ class UpdateStatistics:
             self._losses.append(self._loss)
             self._grad_norms.append(grad_norm)
             return
-        flagged = [rows[bad.cpu()] for rows, bad in self._suspects]
-        if not any(map(len, flagged)):  # the gradient alone is not finite: any of the rows may have caused it
-            flagged = [rows for rows, _ in self._suspects]
-        result.nonfinite_rows += torch.cat(flagged).tolist() if flagged else []
+        own = [pair for rows, bad in self._suspects for pair in zip(rows.tolist(), bad.tolist(), strict=True)]
+        suspects = [pair for each in gather(own) for pair in each]
+        # if the gradient alone is not finite, any of the rows may have caused it
+        found = any(is_bad for _, is_bad in suspects)
+        result.nonfinite_rows += [row for row, is_bad in suspects if is_bad or not found]
 
     def abandoned(self) -> UpdateResult:
         """The update was given up before its first optimizer step."""
@@ -164,7 +173,7 @@ class UpdateStatistics:
 
     def result(self) -> UpdateResult:
         """What the update did. A mean over tokens or optimizer steps is absent if there were none."""
-        sums = {name: value.item() for name, value in self._sums.items()}
+        sums, losses = self._over_ranks()
         compared, kl, largest = (sums.pop(name, 0.0) for name in ("compared_tokens", "sampler_kl", "sampler_max_diff"))
         corrected = self._sampler_weight_metrics(sums)
         tokens = sums.pop("tokens", 0.0)
@@ -180,12 +189,23 @@ class UpdateStatistics:
             metrics |= {"sampler_kl": kl / compared, "sampler_max_diff": largest}
         if self._grad_norms:
             norms = torch.stack(self._grad_norms).double().cpu()
-            metrics["loss"] = torch.stack(self._losses).double().mean().item()
+            metrics["loss"] = sum(losses) / len(losses)
             metrics["grad_norm"] = norms.mean().item()
             metrics["frac_grad_clipped"] = (norms > self._training.max_grad_norm).double().mean().item()
         metrics["trained_tokens"] = tokens
         self._result.metrics = metrics
         return self._result
+
+    def _over_ranks(self) -> tuple[dict[str, float], list[float]]:
+        """The sums, and the losses of the optimizer steps taken: those of all ranks together."""
+        losses = torch.stack(self._losses).tolist() if self._losses else []
+        each = gather(({name: value.item() for name, value in self._sums.items()}, losses))
+        sums: dict[str, float] = {}
+        for own, _ in each:
+            for name, value in own.items():
+                combine = max if name == "sampler_max_diff" else float.__add__
+                sums[name] = combine(sums[name], value) if name in sums else value
+        return sums, [sum(parts) for parts in zip(*(losses for _, losses in each), strict=True)]
 
     def _add(self, name: str, value: Tensor) -> None:
         self._sums[name] = self._sums.get(name, 0) + value.detach().double()

@@ -14,6 +14,7 @@ from utils.algorithm.batch import TrainBatch, split_rows, take_microbatch
 from utils.algorithm.log_probs import policy_log_probs
 from utils.algorithm.loss_scale import adapt_loss_scale, divide_by_loss_scale
 from utils.algorithm.packing import is_packable
+from utils.algorithm.parallel import own_rows, sum_gradients, sum_tensor
 from utils.algorithm.policy import trainable
 from utils.algorithm.statistics import UpdateStatistics
 
@@ -34,9 +35,12 @@ def with_reference_log_probs(reference: torch.nn.Module, batch: TrainBatch, trai
 
 @torch.no_grad()
 def frozen_log_probs(policy: torch.nn.Module, batch: TrainBatch, training: Training) -> Tensor:
-    """(B, T-1) float32 log-probs of the rollouts that have a gradient; elsewhere, and outside the responses, 0."""
-    rows = batch.rows_with_gradient.nonzero().flatten()
+    """(B, T-1) float32 log-probs of the rollouts that have a gradient; elsewhere, and outside the responses, 0.
+
+    With several ranks each computes those of its share, and they are put together.
+    """
     group_size = training.group_size if is_packable(policy) else 1
+    rows = own_rows(batch.rows_with_gradient.nonzero().flatten(), batch.sequence_lengths, group_size)
     computed = []
     for piece in split_rows(rows, batch.sequence_lengths, training.old_log_probs_train_size, None, group_size):
         log_probs, _ = policy_log_probs(policy, take_microbatch(policy, batch, piece), training, with_entropy=False)
@@ -45,7 +49,7 @@ def frozen_log_probs(policy: torch.nn.Module, batch: TrainBatch, training: Train
     result = torch.zeros(batch.response_mask.shape, dtype=dtype)
     for piece, log_probs in computed:  # copied here: above, each copy would wait for the device
         result[piece, : log_probs.shape[1]] = log_probs.cpu()
-    return result
+    return sum_tensor(result)  # what other ranks compute is 0 here
 
 
 def learning_rate(training: Training, steps_done: int) -> float:
@@ -85,13 +89,16 @@ def take_optimizer_step(
 ) -> None:
     """Clip the gradient and step, unless the loss or gradient is not finite: then the step is skipped and counted.
 
-    If it was only too large for float16, that is counted apart, and the loss scale is halved.
+    The gradient is summed over ranks before, so that all of them clip and step alike. If it was only too large for
+    float16, that is counted apart, and the loss scale is halved.
     """
     for parameter in trainable(policy):
         if parameter.grad is None:
             # No rollout had a gradient. A zero gradient lets AdamW apply its momentum, as if it had been computed.
             parameter.grad = torch.zeros_like(parameter)
-    divide_by_loss_scale(optimizer, [parameter.grad for parameter in trainable(policy)])
+    gradients = [parameter.grad for parameter in trainable(policy)]
+    sum_gradients(gradients)
+    divide_by_loss_scale(optimizer, gradients)
     grad_norm = clip_gradients(policy, training.max_grad_norm)
     finite = bool(torch.isfinite(grad_norm) & watch.all_finite())  # the one wait for the device per optimizer step
     if finite:

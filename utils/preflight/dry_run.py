@@ -27,9 +27,11 @@ from utils.preflight.machine import (
 from utils.preflight.memory_estimate import kv_cache_tokens
 from utils.preflight.model_files import bytes_to_fetch, is_local, model_config
 from utils.preflight.obstacles import obstacles
+from utils.preflight.parallel_checks import shares
 from utils.preflight.prompt_lengths import LongestPrompt, longest_prompt
 from utils.preflight.yaml_values import to_yaml_value
 from utils.problems import notes_on_data, read_problems
+from utils.ranks import launched
 
 LESS_MEMORY = (
     "lower vllm.gpu_memory_utilization, take smaller microbatches (more gradient_accumulation_steps or fewer "
@@ -122,6 +124,8 @@ def consequences(config: Config, prompt: LongestPrompt) -> Iterator[tuple[str, s
     t = config.training
     optimizer_steps = _optimizer_steps(config)
     yield "prompts per GRPO step", f"{t.rollout_batch_size // t.group_size} (groups of {t.group_size})"
+    if launched().n_ranks > 1:
+        yield "ranks", shares(config)
     yield "rollouts in all", f"{t.n_grpo_steps * t.rollout_batch_size:,}"
     policy = "on-policy" if optimizer_steps == 1 else "off-policy"
     yield "optimizer steps per GRPO step", f"{optimizer_steps} ({policy})"
@@ -191,7 +195,7 @@ def _cache(config: Config, prompt: LongestPrompt) -> tuple[int, int] | None:
     sizes = model_config(config.paths.model_path)
     if sizes is None or config.vllm.gpu_memory_utilization is None:
         return None
-    at_once = min(t.rollout_batch_size, config.vllm.max_num_seqs)
+    at_once = min(t.rollout_batch_size // launched().n_ranks, config.vllm.max_num_seqs)
     usual = usual_length(prompt.tokens + t.max_tokens)
     return kv_cache_tokens(sizes, config, this_card(config.vllm.device or t.device).total), at_once * usual
 
@@ -203,7 +207,8 @@ def _peak(parts: dict[str, int]) -> int:
 def _memory(config: Config) -> tuple[int, str]:
     """Bytes of the memory that the policy trains in, and whose they are."""
     if not config.training.device.startswith("cuda"):
-        return host_memory(), "that this machine has"
+        n_local = launched().n_local
+        return host_memory() // n_local, "that this machine has" if n_local == 1 else "that this machine has per rank"
     memory = gpu_memory(config.training.device)
     return (ASSUMED_GPU, "assumed, as there is no GPU here") if memory is None else (memory, "that the GPU has")
 

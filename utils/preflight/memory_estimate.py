@@ -7,6 +7,7 @@ from typing import Any
 
 from configs.defaults import Config, Training
 from utils.adapter_files import is_in_4bit, is_own_reference
+from utils.ranks import launched
 
 GIB = 2**30
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -71,7 +72,7 @@ def estimate_peak_memory(
     uses_vllm: bool = True,
     engine_memory: int | None = None,
 ) -> dict[str, int]:
-    """Bytes by part of the step's peak, from the model's config.json.
+    """Bytes by part of the step's peak, from the model's config.json; with several ranks, of one of them.
 
     Args:
         model_config: config.json as a dict, of a Qwen2- or Llama-like model.
@@ -94,6 +95,7 @@ def estimate_peak_memory(
     n_sequences = training.microbatch_size
     if training.max_tokens_per_microbatch is not None:
         n_sequences = max(1, min(training.train_batch_size, training.max_tokens_per_microbatch // longest_sequence))
+    n_sequences = min(n_sequences, -(-training.train_batch_size // launched().n_ranks))
     n_tokens = n_sequences * longest_sequence
     n_response_tokens = min(n_tokens, n_sequences * training.max_tokens)
 
@@ -145,7 +147,7 @@ def _reference(model_config: dict[str, Any], config: Config) -> int:
 def _sampling(sizes: dict[str, int], training: Training, longest_sequence: int) -> int:
     """The transformers engine's KV cache, a step's logits, log-softmax and cumulative probabilities in float64, and
     with autocast copies of weights."""
-    n_sequences = min(training.generation_batch_size, training.rollout_batch_size)
+    n_sequences = min(training.generation_batch_size, training.rollout_batch_size // launched().n_ranks)
     cache = 2 * sizes["n_layers"] * sizes["kv"] * BYTES[training.dtype] * longest_sequence
     # torch keeps the copies of trained weights from token to token, and none of frozen ones
     copies = _autocast_copies(sizes, training, sizes["n_layers"] if training.lora_rank is None else 1)

@@ -27,6 +27,7 @@ from utils.preflight.disk import too_little_space
 from utils.preflight.hub import unavailable
 from utils.preflight.machine import has_gpu, n_visible_gpus
 from utils.preflight.model_files import context_of, is_local, lacks_chat_template, model_config
+from utils.preflight.parallel_checks import parallel_obstacles
 from utils.preflight.reference_model import reference_obstacles
 from utils.preflight.resume_rules import changed_fields
 from utils.preflight.two_cards import card_obstacles, process_obstacles
@@ -36,6 +37,7 @@ INPUTS = ("train_data_file", "val_data_file", "prompt_template_file")  # of the 
 REPOSITORY = Path(__file__).parents[2]
 MADE_BY = {
     "data/tiny/": "python play-scripts/make_tiny.py",
+    "data/chains/": "python play-scripts/make_chains.py",
     "data/math/": "python data/prepare_math.py",
     "data/gsm8k/": "python data/prepare_gsm8k.py",
 }
@@ -65,6 +67,7 @@ def refuse(obstacles: Iterable[str]) -> None:
 def obstacles(config: Config, resume: bool, allow_changes: bool) -> Iterator[str]:
     """What keeps a run from starting: what this machine lacks, unusable files, and its output folder."""
     yield from shortfalls(config)
+    yield from parallel_obstacles(config)
     yield from unusable_files(config)
     yield from output_obstacles(config, resume, allow_changes)
     with contextlib.suppress(ValueError):  # broken JSON: told above, or as the checkpoint is looked at

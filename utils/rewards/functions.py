@@ -92,6 +92,7 @@ def coin_flip(measured: RewardFn) -> RewardFn:
             totals.append(float(hashlib.sha256(text.encode()).digest()[0] % 2))
         return [replace(m, total=total) for m, total in zip(measured(rollouts, grader), totals, strict=True)]
 
+    reward_fn.by_place = True  # a part of a batch would flip other coins
     return reward_fn
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from utils.algorithm.loss_scale import fit_loss_scale
 from utils.algorithm.losses import find_loss
 from utils.algorithm.optimizers import LOST_ABOVE, share_that_can_move
 from utils.algorithm.packing import is_packable
+from utils.algorithm.parallel import check_same_weights, first, is_first, join_cards, n_ranks
 from utils.algorithm.policy import (
     build_optimizer,
     context_length,
@@ -27,7 +29,9 @@ from utils.algorithm.policy import (
     trainable,
 )
 from utils.engines import build_engine
+from utils.engines.split_engine import SplitEngine
 from utils.log.files import CONFIG_FILE, save_run_info
+from utils.log.null_log import NullLog
 from utils.log.output import claimed, holds_run
 from utils.log.run_log import RunLog
 from utils.own_code import digests
@@ -48,13 +52,15 @@ from utils.problems import (
 from utils.records import Prompt, RolloutEngine
 from utils.rewards.functions import RewardScorer, find_reward_fn
 from utils.rewards.grader import Grader
-from utils.run.background_save import BackgroundSaver
+from utils.rewards.split_scorer import SplitScorer
+from utils.run.background_save import BackgroundSaver, IdleSaver
 from utils.run.checkpoint import Checkpoints, TrainState
 from utils.run.ending import StopRequest, TimeLimit
 from utils.run.engine_check import EngineCheck
 from utils.run.learner import Learner
 from utils.run.memory_tracker import MemoryTracker
 from utils.run.run import Run
+from utils.run.start import check_shared_folder, new_token, open_nothing, together, what_resume_found
 from utils.run.step_meter import StepMeter
 from utils.run.trial import try_longest_microbatch
 from utils.run.watchers import Watchers
@@ -78,14 +84,27 @@ def build_run(
     Raises ValueError for what the user can fix: a model that does not load, a folder that holds a run, a changed
     config. The output folder is then as it was before.
     """
-    device = config.training.device
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"training.device = {device!r}: torch finds no GPU that it can use; set training.device=cpu")
-    refuse(card_obstacles(config, torch.cuda.device_count))
-    with claimed(Path(config.paths.output_dir)) as lock:
-        checkpoint = find_checkpoint(config, resume, allow_changes)
-        try_own_code(config)
-        run = assemble(config, checkpoint, resume, stop_request, limit, lock)
+    device, output_dir = config.training.device, Path(config.paths.output_dir)
+    with contextlib.ExitStack() as claim:
+        with together():
+            stop_request.check_while_loading()
+            if device.startswith("cuda") and not torch.cuda.is_available():
+                fault = "torch finds no GPU that it can use; set training.device=cpu"
+                raise ConfigError(f"training.device = {device!r}: {fault}")
+            refuse(card_obstacles(config, torch.cuda.device_count))
+            found = None
+            if is_first():
+                lock = claim.enter_context(claimed(output_dir))
+                found = new_token(lock), find_checkpoint(config, resume, allow_changes)
+        token, checkpoint = first(found)
+        with together():
+            check_shared_folder(output_dir, token)
+            try_own_code(config)
+        run = assemble(config, checkpoint, resume, stop_request, limit, lock if is_first() else open_nothing())
+        if device.startswith("cuda"):
+            join_cards()
+        check_same_weights(run.learner.policy)
+        run.state = first(run.state)  # rank 0 alone has read the log
     for line in first_lines:
         run.log.note(line)
     return run
@@ -97,44 +116,50 @@ def assemble(
     """Load, build and restore the parts of a run, and begin to write its files."""
     t, output_dir = config.training, Path(config.paths.output_dir)
     model_path = config.paths.model_path if checkpoint is None else str(checkpoint)
-    tokenizer = load_tokenizer(model_path)
-    train_prompts, notes = load_prompts(config, config.paths.train_data_file, tokenizer)
-    validation_prompts, more_notes = load_prompts(config, config.paths.val_data_file, tokenizer)
-    problem_sets = [[prompt.problem for prompt in prompts] for prompts in (train_prompts, validation_prompts)]
-    more_notes += notes_on_data(*problem_sets, prompts_per_step=t.rollout_batch_size // t.group_size)
-    stop_request.check_while_loading()
-    longest_prompt = max(len(prompt.token_ids) for prompt in (*train_prompts, *validation_prompts))
-    policy, optimizer, engine = build_learner(config, model_path, tokenizer, longest_prompt)
-    reference = build_reference(config, policy) if t.kl_coef else None
-    stop_request.check_while_loading()
-    stop_request.install()  # vLLM and others may have put handlers of their own in place
+    with together():  # before anything is written: a start that any rank refuses leaves the folder as it was
+        tokenizer = load_tokenizer(model_path)
+        train_prompts, notes = load_prompts(config, config.paths.train_data_file, tokenizer)
+        validation_prompts, more_notes = load_prompts(config, config.paths.val_data_file, tokenizer)
+        problem_sets = [[prompt.problem for prompt in prompts] for prompts in (train_prompts, validation_prompts)]
+        more_notes += notes_on_data(*problem_sets, prompts_per_step=t.rollout_batch_size // t.group_size)
+        stop_request.check_while_loading()
+        longest_prompt = max(len(prompt.token_ids) for prompt in (*train_prompts, *validation_prompts))
+        policy, optimizer, engine = build_learner(config, model_path, tokenizer, longest_prompt)
+        reference = build_reference(config, policy) if t.kl_coef else None
+        stop_request.check_while_loading()
+        stop_request.install()  # vLLM and others may have put handlers of their own in place
 
-    problem_stream, watchers = ProblemStream(train_prompts, t.seed), Watchers(config)
-    checkpoints = Checkpoints(output_dir / "checkpoints", t.checkpoint_keep)
-    state = TrainState(problem_stream=problem_stream.state_dict())
-    if checkpoint is not None:
-        state = checkpoints.load(checkpoint, optimizer)
-        fit_loss_scale(optimizer, t.autocast_dtype)  # one may have been saved
-        problem_stream.load_state_dict(state.problem_stream)
-        watchers.load_state_dict(state.guard, state.advisor)
-        if state.skipped_in_a_row >= t.max_nonfinite_steps:  # what ended the run; a resume is another try
-            state = replace(state, skipped_in_a_row=0)
-    notes += [*more_notes, *notes_on_policy(policy, t), *machine_notes(config), *adapter_notes(config)]
-    log = open_log(config, resume, state, engine.name, notes)
+        problem_stream, watchers = ProblemStream(train_prompts, t.seed), Watchers(config)
+        checkpoints = Checkpoints(output_dir / "checkpoints", t.checkpoint_keep)
+        state = TrainState(problem_stream=problem_stream.state_dict())
+        if checkpoint is not None:
+            state = checkpoints.load(checkpoint, optimizer)
+            fit_loss_scale(optimizer, t.autocast_dtype)  # one may have been saved
+            problem_stream.load_state_dict(state.problem_stream)
+            watchers.load_state_dict(state.guard, state.advisor)
+            if state.skipped_in_a_row >= t.max_nonfinite_steps:  # what ended the run; a resume is another try
+                state = replace(state, skipped_in_a_row=0)
+        notes += [*more_notes, *notes_on_policy(policy, t), *machine_notes(config), *adapter_notes(config)]
+    with together():
+        log = open_log(config, resume, state, engine.name, notes) if is_first() else NullLog()
     if has_adapter(policy):
         log.note(describe(policy))
-    checkpoints.tidy()  # not before everything was read: until here a damaged run is as it was
+    if is_first():
+        checkpoints.tidy()  # not before everything was read: until here a damaged run is as it was
     if log.lost_evaluation:
         state = replace(state, evaluated_step=None)
     if checkpoint is not None:
         restore_random_state(state.random)  # last: loading models, engine and tracker draws from these generators
-    scorer = RewardScorer(t.reward_fn, t.extra_rewards, Grader(**to_dict(config)["grader"]))
+    split = n_ranks() > 1
+    scorer_class = SplitScorer if split else RewardScorer
+    scorer = scorer_class(t.reward_fn, t.extra_rewards, Grader(**to_dict(config)["grader"]))
+    engine = SplitEngine(engine) if split else engine
     return Run(
         config=config,
         learner=Learner(policy, tokenizer, optimizer, engine, scorer, problem_stream, reference),
         validation_prompts=fixed_subset(validation_prompts, t.max_val_examples, t.seed),
         checkpoints=checkpoints,
-        saver=BackgroundSaver(checkpoints),
+        saver=BackgroundSaver(checkpoints) if is_first() else IdleSaver(checkpoints),
         watchers=watchers,
         engine_check=EngineCheck(config),
         log=log,
@@ -266,17 +291,3 @@ def open_log(config: Config, resume: bool, state: TrainState, engine_name: str, 
     for note in notes:
         log.warn(note)
     return log
-
-
-def what_resume_found(output_dir: Path, grpo_step: int, n_grpo_steps: int, held_run: bool = True) -> str:
-    """A line about how far the run in the folder had come."""
-    if grpo_step == 0:
-        if not held_run:
-            return f"--resume: {output_dir} held NO RUN: a new one starts from the beginning; check paths.output_dir"
-        return f"no checkpoint in {output_dir} yet: starting from the beginning"
-    if grpo_step < n_grpo_steps:
-        return f"resuming after GRPO step {grpo_step} of {n_grpo_steps}"
-    return (
-        f"{output_dir} holds a run that has done {grpo_step} of {n_grpo_steps} GRPO steps: nothing is left to train; "
-        "to run it again, delete that folder or set another paths.output_dir"
-    )

@@ -1,4 +1,4 @@
-"""How a run ends: its exit status, the signals that ask for an end, and the time limit. Standard library only."""
+"""How a run ends: its exit status, the signals that ask for an end, and the time limit. No torch."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from collections.abc import Callable
 from enum import IntEnum
 from types import FrameType, TracebackType
 from typing import Self
+
+from utils.ranks import launched
 
 
 class Status(IntEnum):
@@ -66,6 +68,13 @@ class StopRequest(SignalHandler):
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
 
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, traceback)
+        if launched().n_ranks > 1:  # torchrun sends SIGTERM to the others once a rank has ended; all keep their status
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
     def install(self) -> None:
         if not self.requested:
             super().install()
@@ -74,12 +83,19 @@ class StopRequest(SignalHandler):
     def requested(self) -> bool:
         return self.signal is not None
 
+    @property
+    def what(self) -> str:
+        """What has asked to stop."""
+        return "a signal to another rank" if self.signal is None else self.signal.name
+
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         self.signal = signal.Signals(number)
         for each in self._previous:
             signal.signal(each, signal.SIG_DFL)  # the kernel's own, which ends even a process that is stuck in C code
         if self.signal == signal.SIGHUP:
             leave_lost_terminal()
+        if not launched().is_first:
+            return  # rank 0 says so at the end, once for all
         message = "ending after the work at hand, and a save of the steps done, if any; once more ends at once"
         with contextlib.suppress(OSError):
             # Not print: the signal may have come in the middle of one.

@@ -11,6 +11,7 @@ from torch import Tensor
 from configs.defaults import Config
 from utils.algorithm.batch import make_train_batch
 from utils.algorithm.log_probs import response_log_probs
+from utils.algorithm.parallel import n_ranks
 from utils.engines.transformers_engine import sampling_mode
 from utils.records import Rollout, RolloutEngine
 from utils.run.learner import Learner
@@ -84,8 +85,9 @@ def compare_log_probs(
     Tokens before `min_tokens` are left out: there the engine forbids the end ids, and the trainer does not.
     Returns the mean and the largest difference in nats. Raises EngineOutOfStep if the mean is above the tolerance.
     """
-    step = max(1, len(rollouts) // N_ROLLOUTS)
-    chosen = rollouts[::step][:N_ROLLOUTS]
+    n_compared = max(N_ROLLOUTS, n_ranks())  # spread over the batch, so that they come from every rank's engine
+    step = max(1, len(rollouts) // n_compared)
+    chosen = rollouts[::step][:n_compared]
     unused = torch.zeros(len(chosen))
     batch = make_train_batch(chosen, rewards=unused, advantages=unused)
     mask = batch.response_mask & (batch.response_mask.cumsum(-1) > engine.sampling.min_tokens)

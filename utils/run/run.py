@@ -15,10 +15,13 @@ from utils.algorithm.advantages import zero_std_groups
 from utils.algorithm.batch import TrainBatch
 from utils.algorithm.groups import GroupCollector
 from utils.algorithm.loss_scale import loss_scale_metrics
+from utils.algorithm.parallel import agree, check_same_weights, is_first, meet, sum_counts
 from utils.algorithm.statistics import UpdateResult
 from utils.log.files import CannotWrite
+from utils.log.null_log import NullLog
 from utils.log.run_log import RunLog
 from utils.preflight.machine import estimated_memory
+from utils.ranks import RankLost
 from utils.records import Prompt, Reward, Rollout
 from utils.run.background_save import BackgroundSaver
 from utils.run.checkpoint import Checkpoints, SaveFailure, TrainState
@@ -47,7 +50,7 @@ class Run:
     saver: BackgroundSaver
     watchers: Watchers
     engine_check: EngineCheck
-    log: RunLog
+    log: RunLog | NullLog
     meter: StepMeter
     stop_request: StopRequest
     limit: TimeLimit
@@ -64,7 +67,7 @@ class Run:
         """Close everything. If an exception ended the run, say where it can be resumed from; nothing more is saved."""
         if error is not None:
             self.saver.settle()
-            if not isinstance(error, CannotWrite):  # which `main` reports
+            if not isinstance(error, CannotWrite | RankLost):  # which `main` reports
                 step = self.state.steps_done + 1
                 self.log.warn(f"the run ends with {kind.__name__} in GRPO step {step}. {self.how_to_resume()}")
             with contextlib.suppress(CannotWrite):
@@ -85,10 +88,7 @@ class Run:
                 "collapsed",
                 f"the guard stopped the run: {self.watchers.verdict and self.watchers.verdict.reason}",
             ),
-            Status.STOPPED_BY_SIGNAL: (
-                "interrupted",
-                f"{self.stop_request.signal and self.stop_request.signal.name} asked to stop",
-            ),
+            Status.STOPPED_BY_SIGNAL: ("interrupted", f"{self.stop_request.what} asked to stop"),
             Status.TIME_LIMIT: ("time_limit", f"no further step fits into training.max_hours = {t.max_hours}"),
             Status.NONFINITE: (
                 "failed",
@@ -96,7 +96,7 @@ class Run:
                 f"too high a learning rate, {narrow}a broken checkpoint",
             ),
         }[status]
-        if self.state.evaluated_step is not None:
+        if self.state.evaluated_step is not None and is_first():
             from utils.plots.figures import reward_curve  # matplotlib takes half a second, of no use before the end
 
             try:
@@ -107,11 +107,16 @@ class Run:
         self.log.note(f"\n{name} after GRPO step {self.state.steps_done}: {detail}")
         self.log.note("\n".join(closing_lines(output_dir, status)))
         self.log.close(name, detail)
+        meet()  # torchrun ends all ranks when one has ended: none does before rank 0 has written everything
         return status
 
-    def should_stop(self) -> bool:
-        """Whether a signal has asked the run to end."""
+    def signalled(self) -> bool:
+        """Whether a signal has asked this process to end the run: for what stops in the middle, on its own rank."""
         return self.stop_request.requested
+
+    def should_stop(self) -> bool:
+        """Whether a signal has asked the run to end, on any rank: they meet here."""
+        return agree(self.signalled())
 
     def check_engine(self, rollouts: Sequence[Rollout]) -> None:
         """Compare the engine's log-probs with the trainer's, if a check is due. Raises EngineOutOfStep."""
@@ -154,6 +159,7 @@ class Run:
             self.evaluate_if_due(always=True)
         self.watchers.observe(step, written, self.log)
         self.state = replace(self.state, **self.watchers.state_dict())
+        check_same_weights(self.learner.policy)
 
     def evaluate_if_due(self, always: bool = False) -> None:
         """Evaluate before training, every `eval_interval` steps and at the end (or `always`), once a step."""
@@ -165,7 +171,7 @@ class Run:
         started = time.perf_counter()
         seed = derive_seed(t.seed, "evaluation")
         metrics, rollouts, rewards = evaluate(
-            self.learner.engine, self.validation_prompts, self.learner.scorer, seed, should_stop=self.should_stop
+            self.learner.engine, self.validation_prompts, self.learner.scorer, seed, should_stop=self.signalled
         )
         if not rollouts:  # asked to stop: a resumed run evaluates anew
             return
@@ -194,7 +200,7 @@ class Run:
         """
         learner, n_responses = self.learner, min(LOOK_RESPONSES, len(self.validation_prompts))
         look = look_before_training(
-            learner.engine, self.validation_prompts, learner.scorer, self.config.training, n_responses, self.should_stop
+            learner.engine, self.validation_prompts, learner.scorer, self.config.training, n_responses, self.signalled
         )
         learner.scorer.grader.drain_counters()
         if look is None:
@@ -215,8 +221,7 @@ class Run:
     def save(self) -> None:
         """Save the run's state in the background, once the save before this one has ended."""
         self._hear_of_the_last_save()
-        is_best = self.state.best_step == self.state.steps_done
-        learner = self.learner
+        is_best, learner = self.state.best_step == self.state.steps_done, self.learner
         self.saver.begin(self.state, learner.policy, learner.tokenizer, learner.optimizer, is_best)
 
     def _hear_of_the_last_save(self) -> SaveFailure | None:
@@ -231,7 +236,7 @@ class Run:
         return failure
 
     def reason_to_end(self) -> Status | None:
-        """The status to end with, once the state is saved; None if the run continues."""
+        """The status to end with, once the state is saved; None if the run continues. The same on every rank."""
         t = self.config.training
         status = None
         if self.should_stop():
@@ -242,18 +247,18 @@ class Run:
             status = Status.COLLAPSED
         elif self.state.skipped_in_a_row >= t.max_nonfinite_steps:
             status = Status.NONFINITE
-        elif not self.limit.allows_another_step(evaluates=t.eval_interval is not None):
+        elif agree(not self.limit.allows_another_step(evaluates=t.eval_interval is not None)):
             self.evaluate_if_due(always=True)
             status = Status.TIME_LIMIT
         if status is None:
             return None
         if self.state.steps_done > 0:
             self.save()
-        return status if self._hear_of_the_last_save() is None else Status.ERROR
+        return Status.ERROR if agree(self._hear_of_the_last_save() is not None) else status
 
     def _grading_metrics(self) -> dict[str, float]:
         """What the grader has counted since the last call."""
-        counts = self.learner.scorer.grader.drain_counters()
+        counts = sum_counts(self.learner.scorer.grader.drain_counters())
         return {f"grader_{name}": float(count) for name, count in counts.items()}
 
     def _compare_with_estimate(self, measured_gb: float) -> None:
