@@ -9,6 +9,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Two threads of a fork that load weights at once may both build torch's thread pool anew, which then refuses both.
+os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
 
 import subprocess
 import sys
