@@ -13,19 +13,16 @@ if they already exist, nothing is done.
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from make_tiny import OPTIONS_FILE, TEMPLATE, check_save_at, is_there, recipe, warm_start
+from make_tiny import TEMPLATE, check_save_at, is_there, parser_of_a_world, recipe, write_world
 from train_sft import run_command
 
 from utils import chains, tiny
-from utils.log.files import whole_folder
-from utils.problems import load_template, save_problems
+from utils.problems import load_template
 
 if TYPE_CHECKING:
     from transformers import Qwen2ForCausalLM
@@ -49,18 +46,7 @@ def make(options: argparse.Namespace) -> None:
     demonstrations = chains.make_demonstrations(
         training_problems, templates, options.demonstrations_each, mixture(options), options.seed
     )
-    with whole_folder(output) as unfinished:
-        save_problems(unfinished / "train.jsonl", training_problems)
-        save_problems(unfinished / "validation.jsonl", validation_problems)
-        rows = "".join(json.dumps(row) + "\n" for row in demonstrations)
-        (unfinished / "demonstrations.jsonl").write_text(rows)
-        warm_start(unfinished, options, build_model, max_tokens=LONGEST, n_microbatches=4)
-        (unfinished / OPTIONS_FILE).write_text(json.dumps(recipe(options), indent=2) + "\n")
-        if output.exists():
-            shutil.rmtree(output)
-    print(
-        f"wrote {output}: {len(training_problems)} training and {len(validation_problems)} validation problems, model/"
-    )
+    write_world(options, training_problems, validation_problems, demonstrations, build_model, LONGEST, n_microbatches=4)
 
 
 def build_model(seed: int) -> Qwen2ForCausalLM:
@@ -93,15 +79,8 @@ def check_options(options: argparse.Namespace) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    usual = chains.Mixture()
-    add("--output", default="data/chains", help="folder to write (data/chains)")
-    add("--seed", type=int, default=1337, help="seed of problems, demonstrations, weights and training order (1337)")
-    add("--steps", type=int, default=500, help="SFT steps of 64 demonstrations; more make a more able model (500)")
-    add(
-        "--save-at", type=int, nargs="+", default=[], metavar="STEP", help="also save sft_step_N/ after these SFT steps"
-    )
+    parser = parser_of_a_world(__doc__, output="data/chains", steps=500)
+    add, usual = parser.add_argument, chains.Mixture()
     add("--training-problems", type=int, default=500, help="training problems per number of terms (500)")
     add("--validation-problems", type=int, default=32, help="held-out problems per number of terms (32)")
     add("--demonstrations-each", type=int, default=12, help="demonstrations per training problem (12)")
@@ -121,7 +100,6 @@ def build_parser() -> argparse.ArgumentParser:
     ):
         value = getattr(usual, name.removeprefix("share_"))
         add(f"--{name.replace('_', '-')}", type=float, default=value, help=f"share of {meaning} ({value})")
-    add("--force", action="store_true", help="replace what an earlier call made")
     return parser
 
 

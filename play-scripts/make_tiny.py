@@ -15,7 +15,7 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +25,7 @@ from configs.defaults import Training
 from utils import tiny
 from utils.log.files import whole_folder
 from utils.problems import load_demonstrations, load_template, save_problems
+from utils.records import Problem
 
 if TYPE_CHECKING:
     from transformers import Qwen2ForCausalLM
@@ -49,12 +50,26 @@ def make(options: argparse.Namespace) -> None:
         options.share_malformed,
         options.seed,
     )
+    write_world(options, training_problems, validation_problems, demonstrations, tiny.build_model, max_tokens=64)
+
+
+def write_world(
+    options: argparse.Namespace,
+    training_problems: Sequence[Problem],
+    validation_problems: Sequence[Problem],
+    demonstrations: Sequence[dict[str, str]],
+    build_model: Callable[[int], Qwen2ForCausalLM],
+    max_tokens: int,
+    n_microbatches: int = 1,
+) -> None:
+    """Write the problems and demonstrations, and the model warmed up on those of up to `max_tokens` tokens."""
+    output = Path(options.output)
     with whole_folder(output) as unfinished:
         save_problems(unfinished / "train.jsonl", training_problems)
         save_problems(unfinished / "validation.jsonl", validation_problems)
         rows = "".join(json.dumps(row) + "\n" for row in demonstrations)
         (unfinished / "demonstrations.jsonl").write_text(rows)
-        warm_start(unfinished, options, tiny.build_model, max_tokens=64, n_microbatches=1)
+        warm_start(unfinished, options, build_model, max_tokens, n_microbatches)
         (unfinished / OPTIONS_FILE).write_text(json.dumps(recipe(options), indent=2) + "\n")
         if output.exists():
             shutil.rmtree(output)
@@ -143,19 +158,31 @@ def warm_start(
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of_a_world(__doc__, output="data/tiny", steps=420)
     add = parser.add_argument
-    add("--output", default="data/tiny", help="folder to write (data/tiny)")
-    add("--seed", type=int, default=1337, help="seed of problems, demonstrations, weights and training order (1337)")
-    add("--steps", type=int, default=420, help="SFT steps of 64 demonstrations; more make a more able model (420)")
-    add(
-        "--save-at", type=int, nargs="+", default=[], metavar="STEP", help="also save sft_step_N/ after these SFT steps"
-    )
     add("--share-wrong", type=float, default=0.35, help="share of demonstrations with a wrong answer (0.35)")
     add("--share-malformed", type=float, default=0.25, help="share of demonstrations with a broken format (0.25)")
     add("--demonstrations-each", type=int, default=8, help="demonstrations per training problem (8)")
     add("--validation-pairs", type=int, default=150, help="pairs of numbers held out, in either order (150)")
+    return parser
+
+
+def parser_of_a_world(description: str, output: str, steps: int) -> argparse.ArgumentParser:
+    """The options that every world with a warm start has."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--output", default=output, help=f"folder to write ({output})")
     add("--force", action="store_true", help="replace what an earlier call made")
+    add("--seed", type=int, default=1337, help="seed of problems, demonstrations, weights and training order (1337)")
+    add(
+        "--steps",
+        type=int,
+        default=steps,
+        help=f"SFT steps of 64 demonstrations; more make a more able model ({steps})",
+    )
+    add(
+        "--save-at", type=int, nargs="+", default=[], metavar="STEP", help="also save sft_step_N/ after these SFT steps"
+    )
     return parser
 
 

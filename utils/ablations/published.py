@@ -97,12 +97,22 @@ def _typed(value: Any, kind: type, key: str) -> Any:
 SOURCE, ABLATIONS = load_published(Path(__file__).with_suffix(".yaml"))
 
 
+# Folders of the same questions, asked of small models. What the first says nothing of is looked up in the second.
+SUITES = ("chains", "tiny")
+
+
+def _entry(topic: str) -> Ablation | None:
+    """chains/prompt is looked up under this name, then as tiny/prompt, then as prompt."""
+    suite, _, name = topic.partition("/")
+    names = [f"{other}/{name}" for other in SUITES[SUITES.index(suite) :]] + [name] if suite in SUITES else [topic]
+    return next((ABLATIONS[name] for name in names if name in ABLATIONS), None)
+
+
 def is_shipped(topic: str) -> bool:
     """Whether the repository ships the ablation; a user's own has no entry."""
-    return topic in ABLATIONS or topic.removeprefix("tiny/") in ABLATIONS
+    return _entry(topic) is not None
 
 
 def find_ablation(topic: str) -> Ablation:
-    """By the folder of configs, in configs/tiny also by its name there. Absent: an ablation without an outcome."""
-    entry = ABLATIONS.get(topic) or ABLATIONS.get(topic.removeprefix("tiny/"))
-    return entry or Ablation(f"Runs of `configs/{topic}`.")
+    """By the folder of configs, in a suite also by its name there. Absent: an ablation without an outcome."""
+    return _entry(topic) or Ablation(f"Runs of `configs/{topic}`.")

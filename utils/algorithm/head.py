@@ -1,4 +1,4 @@
-"""How a language model turns its last hidden states into logits."""
+"""How a language model turns its last hidden states into logits, and whether they may predict the next token."""
 
 from __future__ import annotations
 
@@ -149,3 +149,12 @@ def proposed_head(policy: nn.Module) -> Head:
     scale = getattr(config, "logit_scale", None) or 1.0
     divisor = getattr(config, "logits_scaling", None) or 1.0
     return Head(scale / divisor, getattr(config, "final_logit_softcapping", None) or None)
+
+
+@torch.no_grad()
+def sees_the_future(policy: nn.Module) -> bool:
+    """Whether the last of four tokens changes what the model makes of the first three, as in BERT, which transformers
+    loads with a head for text generation."""
+    ids = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]], device=policy.device)
+    one, other = policy.eval()(input_ids=ids, use_cache=False).logits[:, :3].double()
+    return bool((one - other).norm() > 10 * torch.finfo(policy.dtype).eps * one.norm())

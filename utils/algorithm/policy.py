@@ -34,6 +34,7 @@ from utils.algorithm.adapters import (
     save_adapter,
 )
 from utils.algorithm.four_bit import four_bit_options, n_weights
+from utils.algorithm.head import sees_the_future
 from utils.algorithm.loss_scale import fit_loss_scale
 from utils.algorithm.optimizers import OPTIMIZERS
 from utils.algorithm.packing import enable_packing
@@ -119,15 +120,6 @@ def _load_weights(model_path: str, training: Training) -> PreTrainedModel:
     elif training.lora_rank is not None:
         add_adapter(policy, base, training)
     return policy
-
-
-@torch.no_grad()
-def sees_the_future(policy: PreTrainedModel) -> bool:
-    """Whether the last of four tokens changes what the model makes of the first three, as in BERT, which transformers
-    loads with a head for text generation."""
-    ids = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]], device=policy.device)
-    one, other = policy.eval()(input_ids=ids, use_cache=False).logits[:, :3].double()
-    return bool((one - other).norm() > 10 * torch.finfo(policy.dtype).eps * one.norm())
 
 
 def load_reference(model_path: str, policy: PreTrainedModel, training: Training) -> PreTrainedModel:
