@@ -34,14 +34,14 @@ RUNS = (USUAL, *COLLAPSES)
 STAGES = {"before": "warm start", "after": "after the run `usual`"}  # folders of evaluations: what they are of
 ROUNDS = ("greedy", "sampled")
 COLUMNS = ("stage", "decoding", "level", "problems", "reward", "std_error")
-TRAIN = "python train_grpo.py --config configs/chains/base.yaml"
+TRAIN = "python train_grpo.py --config configs/tiny/base.yaml"
 EVALUATE = "python play-scripts/evaluate.py"
 COMMANDS = "\n".join(
     [
         "python play-scripts/make_chains.py",
         f"{TRAIN} paths.output_dir=runs/world/{USUAL}",
         *(f"{TRAIN} {override} paths.output_dir=runs/world/{name}" for name, override in COLLAPSES.items()),
-        f"{EVALUATE} data/chains/model --config configs/chains/base.yaml --samples 8 --output runs/world/before",
+        f"{EVALUATE} data/chains/model --config configs/tiny/base.yaml --samples 8 --output runs/world/before",
         f"{EVALUATE} runs/world/{USUAL}/checkpoints/last --samples 8 --output runs/world/after",
         "python play-scripts/show_world.py",
     ]
@@ -56,7 +56,7 @@ def show(options: argparse.Namespace) -> None:
     runs = {run.name: run for run in load_runs([results / "metrics.csv"])[0]}
     with (results / "difficulty.csv").open(newline="") as file:
         difficulty = list(csv.DictReader(file))
-    lengths = ("eval/reward", "eval/format_reward", "train/mean_response_length")
+    lengths = ("eval/reward", "eval/format_reward", "eval/mean_response_length")
     draw(results / "lengths", [runs[USUAL]], lengths, "Length moves: the usual run")
     collapses = ("eval/answer_reward", "train/mean_response_length", "train/frac_truncated")
     draw(results / "collapses", list(runs.values()), collapses, "A run can collapse to long and to short")
@@ -113,7 +113,7 @@ def draw_difficulty(path: Path, rows: list[dict[str, str]]) -> None:
                 y, error = ([float(row[name]) for row in chosen] for name in ("reward", "std_error"))
                 look = {"linestyle": dashes, "color": colour, "marker": marker, "capsize": 2, "markersize": 4}
                 axes.errorbar(x, y, error, label=f"{STAGES[stage]}, {decoding}".replace("`", ""), **look)
-        axes.set_ylim(0, 1)
+        axes.set_ylim(0, 1.03)
         axes.set_title("reward on held-out problems", loc="left", fontsize=9.5, fontweight="bold")
         figure.legend(loc="outside right upper", frameon=False)
         save_figure(figure, path)
@@ -132,8 +132,9 @@ def page(runs: dict[str, Run], difficulty: list[dict[str, str]]) -> str:
         "Sums of three to six numbers up to 9, such as `3+8+9=?`. A model of 0.6 M parameters has seen responses "
         "that write out every step, only the totals, or none, and responses that ramble; some of them are wrong and "
         "some malformed ([`utils/chains.py`](../../utils/chains.py)). So a policy can trade length, accuracy and "
-        "format against each other. This page shows what a run in this world can show at all. The world and the "
-        "configs were fixed before any question was asked of them.",
+        "format against each other. This page shows what a run in this world can show at all. The world, the "
+        "configs and the claims were fixed before any question was asked of them. Two things were looked at first: the "
+        "reward of two learning rates, of which 1e-4 climbed steadily and 3e-4 did not, and where the prompts start.",
         "## Length moves",
         "![reward, format reward and mean response length of the usual run](lengths.png)",
         f"In {runs[USUAL].last_step} steps of the on-policy config that the questions share, reward on held-out sums "

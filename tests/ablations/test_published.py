@@ -15,7 +15,7 @@ from utils.preflight.config import load_config
 
 ROOT = Path(__file__).parents[2]
 FILE = Path(published.__file__).with_suffix(".yaml")
-SHARED = {".", "chains", "gsm8k", "hardware", "lora", "recipes", "recipes/hardware", "smollm2", "tiny"}  # no ablations
+SHARED = {".", "gsm8k", "hardware", "lora", "recipes", "recipes/hardware", "smollm2", "tiny"}  # no ablations
 FOLDERS = {path.parent.relative_to(ROOT / "configs").as_posix() for path in ROOT.glob("configs/**/*.yaml")}
 
 

@@ -97,15 +97,13 @@ def _typed(value: Any, kind: type, key: str) -> Any:
 SOURCE, ABLATIONS = load_published(Path(__file__).with_suffix(".yaml"))
 
 
-# Folders of the same questions, asked of small models. What the first says nothing of is looked up in the second.
-SUITES = ("chains", "tiny")
+SUITE = "tiny"  # the folder of the same questions, asked of a small model
 
 
 def _entry(topic: str) -> Ablation | None:
-    """chains/prompt is looked up under this name, then as tiny/prompt, then as prompt."""
+    """tiny/prompt is looked up under this name, then as prompt."""
     suite, _, name = topic.partition("/")
-    names = [f"{other}/{name}" for other in SUITES[SUITES.index(suite) :]] + [name] if suite in SUITES else [topic]
-    return next((ABLATIONS[name] for name in names if name in ABLATIONS), None)
+    return ABLATIONS.get(topic) or (ABLATIONS.get(name) if suite == SUITE else None)
 
 
 def is_shipped(topic: str) -> bool:
@@ -114,5 +112,5 @@ def is_shipped(topic: str) -> bool:
 
 
 def find_ablation(topic: str) -> Ablation:
-    """By the folder of configs, in a suite also by its name there. Absent: an ablation without an outcome."""
+    """By the folder of configs, in the suite also by its name there. Absent: an ablation without an outcome."""
     return _entry(topic) or Ablation(f"Runs of `configs/{topic}`.")
