@@ -136,15 +136,16 @@ def differences_parts(runs: Sequence[Run], summaries: Sequence[Summary], n_looks
     rows = [("run", "end minus first evaluation", f"end minus end of `{best.name}`")]
     for summary, gain, gap, *pair in zip(ended, gains, gaps, of_gains, of_gaps, strict=True):
         rows.append((summary.name, marked(gain, pair[0]), marked(gap, pair[1]) if summary is not best else ""))
+    n_tests = sum(test is not None for test in tests)
+    several = f", corrected by Holm's method for the {n_tests} tests of this table" if n_tests > 1 else ""
     alike = [f"`{s.name}`" for s, test in zip(ended, of_gaps, strict=True) if test and not test.direction]
     return [
         f"Highest at the end: `{best.name}`, {best.last}."
         + (f" Not told apart from it: {', '.join(alike)}." if alike else "")
         + f" {collapsed_part(settings)}",
         markdown_rows(rows),
-        "Means of the seeds' differences ± standard error. \\*: a paired t-test tells it from 0 (5 %, two-sided, "
-        f"corrected by Holm's method for the {sum(test is not None for test in tests)} tests of this table). The "
-        "highest was picked after the runs, which favours it. One seed alone is not tested.",
+        "Means of the seeds' differences ± standard error. \\*: a paired t-test tells it from 0 (5 %, "
+        f"two-sided{several}). The highest was picked after the runs, which favours it. One seed alone is not tested.",
     ]
 
 
