@@ -410,7 +410,7 @@ def test_a_missing_start_is_reported_with_the_command_that_makes_it(
     assert main(str(world / "configs" / "tiny" / "sft_init")) == 2
     printed = capsys.readouterr().err
     assert all(word in printed for word in ("early.yaml", "paths.model_path", "no/such/tiny/sft/step_100"))
-    assert "python play-scripts/train_sft.py --model data/tiny/model" in printed
+    assert "python play-scripts/train_sft.py --model data/chains/model" in printed
 
 
 def test_report_only_runs_nothing(world: Path, main: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
