@@ -152,11 +152,16 @@ def test_memory_of_the_head(dtype):
     expected = estimate_peak_memory(sizes, config, 200)["log_probs"]
     # processors that multiply bfloat16 themselves work on a rearranged copy of the weights, which no tensor holds
     rearranged = 60_000 * 384 * 2 if dtype == "bfloat16" else 0
+    # those with AVX2 at most hold a float32 copy of the weights, and in both dtypes a chunk of logits more
+    widened = 4 * 128 * 60_000 + (60_000 * 384 * 4 if dtype == "bfloat16" else 0)
     command = [sys.executable, "-c", HEAD.format(dtype=dtype)]
     measured = []
     for _ in range(3):  # the system's allocator now and then holds more
         measured.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
-        if any(size == pytest.approx(measured[-1], rel=0.2) for size in (expected, expected + rearranged)):
+        if any(
+            size == pytest.approx(measured[-1], rel=0.2)
+            for size in (expected, expected + rearranged, expected + widened)
+        ):
             return
     pytest.fail(f"expected {expected} bytes, measured {measured}")
 
